@@ -1,0 +1,186 @@
+"""Predict every next item of a history from one sharded item table.
+
+    ids ─► EmbeddingCollection ─► (T, D) events ─► encoder ─► (T, D) ─┐
+    context bags ─► EmbeddingBagCollection ─► (B, F·D) ─► linear ─────┴─► queries (T, D)
+    candidate ids ─► the same item table ─► (C, D) ─► softmax over queries · candidates
+
+Events keep their order, so they come from an EmbeddingCollection; context features are pooled to one vector a row, so they
+come from an EmbeddingBagCollection. Features "item" and "candidate" share one table: input and output embeddings are tied.
+
+The forward below is the only code that TorchRec's pipeline traces symbolically. Everything in it that holds no table (the
+tower, the loss) is a leaf to the tracer and may do as it likes.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torchrec import (
+    EmbeddingBagCollection,
+    EmbeddingBagConfig,
+    EmbeddingCollection,
+    EmbeddingConfig,
+    KeyedJaggedTensor,
+    PoolingType,
+)
+
+from ssd_torchrec.data.batch import Batch
+from ssd_torchrec.encoders.encoder import Encoder
+from ssd_torchrec.errors import ConfigError
+from ssd_torchrec.ops.item_softmax import item_softmax
+
+ITEM_TABLE = "item"
+INIT_STD = 0.02  # of every table, as all the published systems have it
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablesConfig:
+    """Which embedding tables a next-item model has; their width is the encoder's."""
+
+    num_item_rows: int
+    """Rows of the item table: mask, out-of-vocabulary buckets, items."""
+
+    first_item: int
+    """First row that is an item; the rows before it are never candidates."""
+
+    context: dict[str, int] = field(default_factory=dict)
+    """Context features: name of the bag a row carries, and how many ids it draws from."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.first_item < self.num_item_rows:
+            raise ConfigError(
+                f"the item table must hold at least one item after its {self.first_item} reserved rows, got "
+                f"{self.num_item_rows} rows in all; take both numbers from the data set's meta.json"
+            )
+        if empty := [name for name, values in self.context.items() if values < 1]:
+            raise ConfigError(f"context features must have at least 1 id, got {empty} with none; drop them")
+
+    @property
+    def num_items(self) -> int:
+        """Items that can be recommended."""
+        return self.num_item_rows - self.first_item
+
+
+class QueryTower(nn.Module):
+    """What each event asks for: the encoded history so far, shifted by the user's context."""
+
+    def __init__(self, encoder: Encoder, num_contexts: int, autocast_dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.context_proj = nn.Linear(num_contexts * encoder.width, encoder.width, bias=False) if num_contexts else None
+        self.autocast_dtype = autocast_dtype
+
+    def forward(self, events: Tensor, context: Tensor | None, batch: Batch) -> Tensor:
+        """Encode (T, D) events and (B, F·D) pooled context to (T, D) fp32 queries."""
+        layout = batch.layout
+        with torch.autocast(events.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
+            queries = self.encoder(events, batch.features["timestamp"].values(), layout)
+            if self.context_proj is not None:
+                queries = queries + self.context_proj(context)[layout.row_of_event]
+        return queries.float() if queries.dtype != torch.float64 else queries
+
+
+class FullSoftmaxLoss(nn.Module):
+    """Cross-entropy over the batch's candidates, averaged over the targets of the global batch.
+
+    A rank returns (its sum) x world / (global targets): TorchRec and DDP average gradients over ranks, so what the optimizer
+    sees is the mean over the global batch, however many ranks share it.
+    """
+
+    def __init__(self, world_size: int = 1) -> None:
+        super().__init__()
+        self.world_size = world_size
+
+    def forward(self, queries: Tensor, candidates: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """From (T, D) queries and (C, D) candidates: the () loss to differentiate, and the () detached local sum in nats."""
+        total = item_softmax(queries, candidates, batch.target).sum()
+        return total * (self.world_size / batch.global_targets), total.detach()
+
+
+class NextItemModel(nn.Module):
+    """Tables, encoder and loss, in the shape that TorchRec's sharders and pipelines expect.
+
+    Args:
+        tables: which tables to build.
+        encoder: turns (T, D) events to (T, D); its width is the width of every table.
+        loss: from (queries (T, D), candidates (C, D), batch) to (loss, detached local sum).
+        table_device: "meta" when a sharder will allocate the tables, else where they live.
+        autocast_dtype: run the encoder in this dtype (bf16 on CUDA); None for full precision.
+    """
+
+    def __init__(
+        self,
+        tables: TablesConfig,
+        encoder: Encoder,
+        loss: Callable[[Tensor, Tensor, Batch], tuple[Tensor, Tensor]] | None = None,
+        *,
+        table_device: str | torch.device = "cpu",
+        autocast_dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        self.tables = tables
+        self.items = EmbeddingCollection(
+            tables=[
+                EmbeddingConfig(
+                    name=ITEM_TABLE,
+                    num_embeddings=tables.num_item_rows,
+                    embedding_dim=encoder.width,
+                    feature_names=["item", "candidate"],
+                    init_fn=_init_table,
+                )
+            ],
+            device=torch.device(table_device),
+        )
+        self.contexts = _context_tables(tables, encoder.width, torch.device(table_device))
+        self.tower = QueryTower(encoder, len(tables.context), autocast_dtype)
+        self.loss = loss or FullSoftmaxLoss()
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """One training step's loss: () to differentiate, and the () detached sum over this rank's targets in nats."""
+        embedded = self.items(batch.features)
+        context = self.contexts(batch.features).values() if self.contexts is not None else None
+        queries = self.tower(embedded["item"].values(), context, batch)
+        return self.loss(queries, embedded["candidate"].values(), batch)
+
+    def last_queries(self, batch: Batch) -> Tensor:
+        """What each row asks for after its last event: (B, D) fp32; an empty row gives zeros.
+
+        Collective when the tables are sharded: every rank calls it with a batch of its own.
+        """
+        embedded = self.items(batch.features)["item"].values()
+        context = self.contexts(batch.features).values() if self.contexts is not None else None
+        queries = self.tower(embedded, context, batch)
+        last = batch.layout.last_event
+        if not len(queries):
+            return queries.new_zeros(len(last), queries.shape[1])
+        return torch.where((last >= 0)[:, None], queries[last.clamp_min(0)], 0)
+
+    def item_vectors(self, ids: Tensor) -> Tensor:
+        """Table rows of (C,) int64 ids: (C, D). Collective when the table is sharded."""
+        lengths = torch.tensor([0, len(ids)], device=ids.device)
+        features = KeyedJaggedTensor(keys=["item", "candidate"], values=ids, lengths=lengths)
+        return self.items(features)["candidate"].values()
+
+
+def _context_tables(tables: TablesConfig, width: int, device: torch.device) -> EmbeddingBagCollection | None:
+    if not tables.context:
+        return None
+    return EmbeddingBagCollection(
+        tables=[
+            EmbeddingBagConfig(
+                name=name,
+                num_embeddings=values,
+                embedding_dim=width,
+                feature_names=[name],
+                pooling=PoolingType.MEAN,
+                init_fn=_init_table,
+            )
+            for name, values in tables.context.items()
+        ],
+        device=device,
+    )
+
+
+def _init_table(weight: Tensor) -> Tensor:
+    return nn.init.normal_(weight, std=INIT_STD)
