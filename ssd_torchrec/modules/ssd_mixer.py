@@ -1,0 +1,139 @@
+"""The time-aware SSD mixer: what each event takes from the events before it in its row.
+
+    z, xBC, r = in_proj(x)                       z (T, E), xBC (T, E+2N), r (T, H) the raw step
+    x, B, C   = activation(conv(xBC))            causal, K taps
+    y         = ssd_scan(x, r * gate, A, B, C)   step = softplus(r * gate + dt_bias); y = S C + D x
+    out       = out_proj(norm(y * silu(z)))      RMS norm over all E, gate first
+
+The gate multiplies the raw step, before bias and softplus: at gate 0 the step no longer depends on the event, at 1 it
+is that of plain SSD. E = expand * D inner channels in H heads of P; A, B, C, D are those of the SSM.
+Source: Dao & Gu 2024, arXiv:2405.21060; Fan et al. 2024, TiM4Rec, arXiv:2409.16182, as its published code has it.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ssd_torchrec.errors import ConfigError
+from ssd_torchrec.jagged import JaggedLayout
+from ssd_torchrec.modules.short_conv import Activation, ConvInit, ShortConv
+from ssd_torchrec.ops.gated_norm import gated_norm
+from ssd_torchrec.ops.ssd_scan import ssd_scan
+
+STEP_RANGE = (1e-3, 0.1)  # of softplus(dt_bias), drawn log-uniform
+RATE_RANGE = (1.0, 16.0)  # of -A, drawn uniform
+
+
+@dataclass(frozen=True, kw_only=True)
+class SSDMixerConfig:
+    """Shape of one mixer."""
+
+    width: int
+    """Channels D of an event, in and out."""
+
+    expand: int = 2
+    """Inner channels E over D."""
+
+    head_width: int = 32
+    """Channels P of a head."""
+
+    state: int = 32
+    """State N of a channel."""
+
+    taps: int = 4
+    """Taps K of the convolution."""
+
+    activation: Activation = "hardswish"
+    """After the convolution. The published code takes hardswish at H = 4, whatever the paper says."""
+
+    conv_init: ConvInit = "uniform"
+    """Start of the convolution."""
+
+    norm_eps: float = 1e-12
+    """Of the gated norm."""
+
+    def __post_init__(self) -> None:
+        if self.inner % self.head_width:
+            raise ConfigError(
+                f"expand * width = {self.inner} must split into heads of {self.head_width} channels; "
+                "make it a multiple of head_width"
+            )
+
+    @property
+    def inner(self) -> int:
+        return self.expand * self.width
+
+    @property
+    def heads(self) -> int:
+        return self.inner // self.head_width
+
+    @property
+    def conv_channels(self) -> int:
+        return self.inner + 2 * self.state
+
+
+class SSDMixerState(NamedTuple):
+    """What a mixer keeps of each row to go on with it."""
+
+    conv: Tensor  # (B, K-1, E+2N)
+    ssm: Tensor  # (B, H, P, N), at least fp32
+
+
+class SSDMixer(nn.Module):
+    """Project, convolve, scan with a gated step, norm, project."""
+
+    def __init__(self, config: SSDMixerConfig) -> None:
+        super().__init__()
+        self.config = config
+        heads = config.heads
+        self.in_proj = nn.Linear(config.width, config.inner + config.conv_channels + heads)
+        self.conv = ShortConv(config.conv_channels, config.taps, config.activation, config.conv_init)
+        self.dt_bias = nn.Parameter(inverse_softplus(_log_uniform(heads, *STEP_RANGE)))
+        self.A_log = nn.Parameter(torch.empty(heads).uniform_(*RATE_RANGE).log())
+        self.D = nn.Parameter(torch.ones(heads))
+        self.norm_weight = nn.Parameter(torch.ones(config.inner))
+        self.out_proj = nn.Linear(config.inner, config.width)
+        for linear in (self.in_proj, self.out_proj):
+            nn.init.normal_(linear.weight, std=0.02)
+            nn.init.zeros_(linear.bias)
+
+    def forward(
+        self, x: Tensor, gate: Tensor | None, layout: JaggedLayout, state: SSDMixerState | None = None
+    ) -> tuple[Tensor, SSDMixerState | None]:
+        """Mix (T, D) events within their rows.
+
+        Args:
+            gate: (T, H) factor of the raw step, at least fp32; None is 1.
+            state: what the rows left behind; None for rows that start afresh.
+
+        Returns:
+            (T, D), and the state to go on with, None without one. Under autocast step, A and states stay fp32.
+        """
+        z, xbc, raw_step = self.in_proj(x).split([self.config.inner, self.config.conv_channels, self.config.heads], -1)
+        xbc, tail = self.conv(xbc, layout, state.conv if state else None)
+        inputs, B, C = xbc.split([self.config.inner, self.config.state, self.config.state], -1)
+        step = raw_step.to(self.A_log.dtype)
+        y, ssm = self._scan(inputs, step if gate is None else step * gate, B, C, layout, state.ssm if state else None)
+        out = self.out_proj(gated_norm(y.flatten(1), z, self.norm_weight, eps=self.config.norm_eps))
+        return out, None if tail is None or ssm is None else SSDMixerState(tail, ssm)
+
+    def _scan(
+        self, x: Tensor, step: Tensor, B: Tensor, C: Tensor, layout: JaggedLayout, initial: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        x = x.unflatten(-1, (self.config.heads, self.config.head_width))  # (T, H, P)
+        args = (x, step, -self.A_log.exp(), B.unsqueeze(1), C.unsqueeze(1), layout)  # B and C: one group for all heads
+        if initial is None:
+            return ssd_scan(*args, dt_bias=self.dt_bias, D=self.D), None
+        return ssd_scan(*args, dt_bias=self.dt_bias, D=self.D, initial_state=initial, return_final_state=True)
+
+
+def inverse_softplus(y: Tensor) -> Tensor:
+    """The x with softplus(x) = y, for y > 0."""
+    return y + torch.log(-torch.expm1(-y))
+
+
+def _log_uniform(count: int, low: float, high: float) -> Tensor:
+    return torch.empty(count).uniform_(math.log(low), math.log(high)).exp()
