@@ -44,6 +44,7 @@ class Batch(Pipelineable):
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
-        self.features.record_stream(stream)
+        # torchrec asks for a CUDA stream and passes any on
+        self.features.record_stream(stream)  # pyright: ignore[reportArgumentType]
         self.layout.record_stream(stream)
         self.target.record_stream(stream)
