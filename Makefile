@@ -29,8 +29,10 @@ help:
 	@echo 'make gpu-check  every test and benchmark on the GPU of this machine'
 	@echo 'make clean      remove the environment and caches; runs/ stays'
 
+# Without GPUs .torchxconfig says how many processes; with GPUs it is one each, at most two for the small generated data.
+train: GPUS := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU' | head -2 | wc -l)
 train: $(READY)
-	$(BIN)/torchx run torchx_components/train.py:tim4rec
+	$(BIN)/torchx run torchx_components/train.py:tim4rec $(if $(filter cuda,$(STACK)),-j 1x$(GPUS))
 
 # A thread per process: tests start worlds of two, and small tensors gain nothing from more.
 test test-slow: export OMP_NUM_THREADS ?= 1
