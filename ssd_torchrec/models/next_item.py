@@ -93,9 +93,14 @@ class FullSoftmaxLoss(nn.Module):
         self.world_size = world_size
 
     def forward(self, queries: Tensor, candidates: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-        """From (T, D) queries and (C, D) candidates: the () loss to differentiate, and the () detached local sum in nats."""
+        """From (T, D) queries and (C, D) candidates.
+
+        Returns:
+            () loss to differentiate; (2,) detached: this rank's sum in nats, and its number of targets.
+        """
         total = item_softmax(queries, candidates, batch.target).sum()
-        return total * (self.world_size / batch.global_targets), total.detach()
+        local = torch.stack([total.detach(), (batch.target >= 0).sum().to(total)])
+        return total * (self.world_size / batch.global_targets), local
 
 
 class NextItemModel(nn.Module):
@@ -104,7 +109,7 @@ class NextItemModel(nn.Module):
     Args:
         tables: which tables to build.
         encoder: turns (T, D) events to (T, D); its width is the width of every table.
-        loss: from (queries (T, D), candidates (C, D), batch) to (loss, detached local sum).
+        loss: from (queries (T, D), candidates (C, D), batch) to (loss (), detached (2,) local sum and number of targets).
         table_device: "meta" when a sharder will allocate the tables, else where they live.
         autocast_dtype: run the encoder in this dtype (bf16 on CUDA); None for full precision.
     """
@@ -137,7 +142,7 @@ class NextItemModel(nn.Module):
         self.loss = loss or FullSoftmaxLoss()
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One training step's loss: () to differentiate, and the () detached sum over this rank's targets in nats."""
+        """One training step: the () loss to differentiate, and (2,) detached, this rank's sum in nats and its targets."""
         embedded = self.items(batch.features)
         context = self.contexts(batch.features).values() if self.contexts is not None else None
         queries = self.tower(embedded["item"].values(), context, batch)

@@ -1,0 +1,129 @@
+"""The command line: `ssd-torchrec COMMAND` or `python -m ssd_torchrec COMMAND`.
+
+The only module that looks at the environment: torchrun's variables become a `Launch`, TorchX's job id the default run name.
+"""
+
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tyro
+
+from ssd_torchrec.errors import SSDTorchRecError
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit status: 0 done, 1 doctor found something, 2 refused with a message of ours."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(_overview())
+        return 0
+    if words[0] not in COMMANDS:
+        print(f"ssd-torchrec: no command {words[0]!r}\n\n{_overview()}", file=sys.stderr)
+        return 2
+    try:
+        return COMMANDS[words[0]].run(words[1:])
+    except SSDTorchRecError as error:
+        print(f"ssd-torchrec {words[0]}: {type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+
+
+def _generate(words: list[str]) -> int:
+    from ssd_torchrec.data.synthetic import SyntheticConfig, generate
+
+    @dataclass(frozen=True, kw_only=True)
+    class Generate:
+        folder: tyro.conf.Positional[str]
+        """Where the data set goes; must not hold one yet."""
+
+        law: SyntheticConfig = SyntheticConfig()
+        """Sizes and probabilities."""
+
+    asked = tyro.cli(Generate, args=words, prog="ssd-torchrec generate", description=COMMANDS["generate"].about)
+    meta = generate(asked.law, Path(asked.folder))
+    print(f"{asked.folder}: {meta.num_users} users, {meta.num_items} items, {meta.num_events} events")
+    return 0
+
+
+def _train(words: list[str]) -> int:
+    from ssd_torchrec.training.config import presets
+    from ssd_torchrec.training.run import train
+
+    config = tyro.extras.overridable_config_cli(
+        presets(), args=words, prog="ssd-torchrec train", description=COMMANDS["train"].about
+    )
+    with _launch() as process:
+        train(replace(config, name=process.agree(config.name or _default_name())), process)
+    return 0
+
+
+def _evaluate(words: list[str]) -> int:
+    from ssd_torchrec.training.config import EvaluationConfig
+    from ssd_torchrec.training.run import evaluate_checkpoint
+
+    @dataclass(frozen=True, kw_only=True)
+    class Evaluate:
+        checkpoint: tyro.conf.Positional[str]
+        """A checkpoint folder, or a run folder for its best one."""
+
+        data: str = ""
+        """Data set to rank on; empty: the one the checkpoint was trained on."""
+
+        evaluation: EvaluationConfig = EvaluationConfig()
+        """Protocol."""
+
+    asked = tyro.cli(Evaluate, args=words, prog="ssd-torchrec evaluate", description=COMMANDS["evaluate"].about)
+    with _launch() as process:
+        evaluate_checkpoint(Path(asked.checkpoint), asked.data, asked.evaluation, process)
+    return 0
+
+
+def _doctor(words: list[str]) -> int:
+    from ssd_torchrec.doctor import run_doctor
+
+    tyro.cli(_no_options, args=words, prog="ssd-torchrec doctor", description=COMMANDS["doctor"].about)
+    return run_doctor()
+
+
+def _no_options() -> None:
+    """Takes no options."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """One word after `ssd-torchrec`."""
+
+    run: Callable[[list[str]], int]
+    about: str
+
+
+COMMANDS = {
+    "generate": Command(_generate, "Write a generated data set, in which the gaps between events matter."),
+    "train": Command(_train, "Train a preset; every field of the run can be overridden."),
+    "evaluate": Command(_evaluate, "Rank the full catalogue with a checkpoint."),
+    "doctor": Command(_doctor, "Is this installation sound? Versions, what does not fit, and the mend."),
+}
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:<10} {command.about}" for name, command in COMMANDS.items())
+    return f"usage: ssd-torchrec COMMAND [--help]\n\n{rows}"
+
+
+def _default_name() -> str:
+    job = os.environ.get("TORCHX_JOB_ID", "").rsplit("/", 1)[-1]
+    return job or time.strftime("%Y%m%d-%H%M%S")
+
+
+def _launch():
+    """This process as torchrun started it, or alone."""
+    from ssd_torchrec.distributed.process import launched
+
+    return launched(dict(os.environ))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

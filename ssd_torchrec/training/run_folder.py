@@ -1,0 +1,61 @@
+"""Names and files of a run: runs/NAME/ and the config.json in it."""
+
+import dataclasses
+import json
+import os
+import types
+import typing
+from pathlib import Path
+from typing import Any, TypeVar
+
+from ssd_torchrec.errors import CheckpointError, ConfigError
+
+T = TypeVar("T")
+
+
+def write_json(path: Path, content: Any) -> None:
+    """Write beside and rename, so that a reader never sees half a file."""
+    beside = path.with_name(path.name + ".writing")
+    beside.write_text(json.dumps(content, indent=2) + "\n")
+    os.replace(beside, path)
+
+
+def as_json(config: Any) -> dict[str, Any]:
+    """A config dataclass as what json.dumps takes; `from_json` is its inverse."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(kind: type[T], content: dict[str, Any]) -> T:
+    """Rebuild a (nested) config dataclass, validating it again.
+
+    Raises:
+        CheckpointError: `content` has a field that `kind` does not know, as when a newer version wrote it.
+    """
+    hints = typing.get_type_hints(kind)
+    if unknown := sorted(content.keys() - hints.keys()):
+        raise CheckpointError(f"{kind.__name__} has no {unknown}; use the version of ssd_torchrec that wrote the file")
+    return kind(**{name: _restored(hints[name], value) for name, value in content.items()})
+
+
+def _restored(hint: Any, value: Any) -> Any:
+    if isinstance(hint, types.UnionType) and value is not None:
+        (hint,) = (arm for arm in typing.get_args(hint) if arm is not type(None))
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        return from_json(hint, value)
+    return tuple(value) if typing.get_origin(hint) is tuple else value
+
+
+def claim(folder: Path, config: Any, *, resume: bool) -> None:
+    """Make a run's folder and note its config, or refuse to mix two runs in one.
+
+    Raises:
+        ConfigError: the folder holds a run already and this one is not to resume it, or cannot be written.
+    """
+    noted = folder / "config.json"
+    if noted.exists() and not resume:
+        raise ConfigError(f"{folder} holds a run already; give another --name, or --training.resume auto to go on with it")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(noted, as_json(config))
+    except OSError as error:
+        raise ConfigError(f"{folder} must be writable, got {error}; give another --output") from error

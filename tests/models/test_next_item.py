@@ -1,0 +1,128 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from torchrec import KeyedJaggedTensor
+
+from ssd_torchrec.data.batch import Batch
+from ssd_torchrec.encoders.tim4rec import TiM4Rec, TiM4RecConfig
+from ssd_torchrec.errors import ConfigError
+from ssd_torchrec.jagged import JaggedLayout
+from ssd_torchrec.models.next_item import FullSoftmaxLoss, NextItemModel, TablesConfig
+
+FIRST, ROWS, SEGMENTS = 3, 23, 4
+ENCODER = TiM4RecConfig(width=16, head_width=8, state=8, dropout=0.0, time_dropout=0.0)
+
+
+def model(world_size: int = 1, context: bool = True) -> NextItemModel:
+    torch.manual_seed(0)
+    tables = TablesConfig(num_item_rows=ROWS, first_item=FIRST, context={"segment": SEGMENTS} if context else {})
+    return NextItemModel(tables, TiM4Rec(ENCODER), FullSoftmaxLoss(world_size))
+
+
+def batch(rows: list[list[int]], segments: list[list[int]], global_targets: int | None = None) -> Batch:
+    """Rows of item ids, of which all but the last are history and all but the first are targets."""
+    history = [row[:-1] for row in rows]
+    lengths = [len(row) for row in history]
+    items = torch.tensor([i for row in history for i in row], dtype=torch.int64)
+    target = torch.tensor([i - FIRST for row in rows for i in row[1:]], dtype=torch.int64)
+    candidates = torch.arange(FIRST, ROWS)
+    features = KeyedJaggedTensor(
+        keys=["item", "timestamp", "candidate", "segment"],
+        values=torch.cat(
+            [items, 1000 * torch.arange(len(items)), candidates, torch.tensor(sum(segments, []), dtype=torch.int64)]
+        ),
+        lengths=torch.tensor([*lengths, *lengths, len(candidates), *[0] * (len(rows) - 1), *map(len, segments)]),
+    )
+    return Batch(features, JaggedLayout.from_lengths(lengths), target, global_targets or len(target))
+
+
+USERS = [[3, 5, 9, 22], [4, 4, 6], [7, 10, 3, 3, 8]]
+BAGS = [[0], [1, 2], []]
+
+
+def test_loss_is_the_mean_cross_entropy_over_all_items():
+    net, users = model(), batch(USERS, BAGS)
+    loss, local = net(users)
+    embedded = net.items(users.features)
+    queries = net.tower(embedded["item"].values(), net.contexts(users.features).values(), users)
+    wanted = F.cross_entropy(queries @ embedded["candidate"].values().T, users.target)
+    torch.testing.assert_close(loss, wanted)
+    assert local.tolist() == pytest.approx([float(wanted) * 9, 9.0])
+
+
+def test_shares_of_a_global_batch_add_up_to_it():
+    whole, _ = model()(batch(USERS, BAGS))
+    shares = [batch(USERS[:1], BAGS[:1], 9), batch(USERS[1:], BAGS[1:], 9)]
+    losses = [model(world_size=2)(share)[0] for share in shares]
+    torch.testing.assert_close(sum(losses) / 2, whole)  # the mean over ranks, which is what gradients get
+
+
+def test_a_rank_with_only_an_empty_row_has_zero_gradients_for_everything():
+    net = model()
+    loss, local = net(batch([[3]], [[]], global_targets=9))  # one event, so no history and no target
+    loss.backward()
+    assert local.tolist() == [0, 0]
+    for name, parameter in net.named_parameters():
+        assert parameter.grad is not None, name
+        assert not parameter.grad.any(), name
+
+
+def test_every_parameter_learns():
+    net = model()
+    net(batch(USERS, BAGS))[0].backward()
+    silent = [n for n, p in net.named_parameters() if p.grad is None or not p.grad.any()]
+    assert not silent
+
+
+def test_only_items_are_candidates_and_reserved_rows_learn_nothing_as_answers():
+    net = model()
+    net(batch(USERS, BAGS))[0].backward()
+    (table,) = (p for n, p in net.named_parameters() if n.startswith("items."))
+    assert not table.grad[:FIRST].any()
+    assert table.grad[FIRST:].any(dim=1).all()
+
+
+def test_last_query_is_the_one_at_the_last_event_and_zero_for_an_empty_row():
+    net = model().eval()
+    users = batch([*USERS, [3]], [*BAGS, [0]])
+    with torch.no_grad():
+        queries = net.last_queries(users)
+        alone = net.last_queries(batch(USERS[1:2], BAGS[1:2]))
+    assert queries.shape == (4, 16)
+    torch.testing.assert_close(queries[1], alone[0])
+    assert not queries[3].any()
+
+
+def test_no_history_at_all_has_zero_queries():
+    with torch.no_grad():
+        assert model().eval().last_queries(batch([[3]], [[0]])).tolist() == [[0.0] * 16]
+
+
+def test_context_shifts_what_a_user_is_asked():
+    net = model().eval()
+    with torch.no_grad():
+        one, other = (net.last_queries(batch(USERS[:1], bag)) for bag in ([[0]], [[1]]))
+    assert not torch.equal(one, other)
+
+
+def test_a_model_without_context_has_no_bag_collection():
+    net = model(context=False)
+    assert net.contexts is None
+    assert net(batch(USERS, BAGS))[0].isfinite()
+
+
+def test_item_vectors_are_rows_of_the_table():
+    net = model()
+    (table,) = (p for n, p in net.named_parameters() if n.startswith("items."))
+    assert torch.equal(net.item_vectors(torch.tensor([22, 3])), table[[22, 3]])
+
+
+@pytest.mark.parametrize("first_item", [0, 5])
+def test_a_table_without_items_or_reserved_rows_is_refused(first_item):
+    with pytest.raises(ConfigError, match="at least one item"):
+        TablesConfig(num_item_rows=5, first_item=first_item)
+
+
+def test_an_empty_context_feature_is_refused():
+    with pytest.raises(ConfigError, match="drop them"):
+        TablesConfig(num_item_rows=5, first_item=1, context={"segment": 0})

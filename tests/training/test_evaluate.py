@@ -1,0 +1,47 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssd_torchrec.training import evaluate
+from ssd_torchrec.training.evaluate import Questions, rank_wanted
+from ssd_torchrec.training.metrics import rank_of_target
+
+NONE = torch.empty(0, dtype=torch.int64)
+
+
+def catalogue_of(vectors: Tensor, chunk: int):
+    def chunks() -> Iterator[Tensor]:
+        return iter(vectors.split(chunk))
+
+    return chunks
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 100])
+def test_ranking_by_chunks_is_ranking_the_whole_score_matrix(chunk, monkeypatch):
+    monkeypatch.setattr(evaluate, "QUERIES_PER_BLOCK", 4)
+    rng = torch.Generator().manual_seed(0)
+    queries = torch.randn(10, 8, generator=rng)
+    vectors = torch.randn(50, 8, generator=rng)
+    wanted = torch.randint(0, 50, (10,), generator=rng)
+    got = rank_wanted(Questions(queries, wanted, NONE, NONE), catalogue_of(vectors, chunk))
+    assert got.tolist() == rank_of_target(queries @ vectors.T, wanted).tolist()
+
+
+def test_a_model_that_scores_all_items_alike_ranks_every_target_last():
+    questions = Questions(torch.randn(5, 3), torch.arange(5), NONE, NONE)
+    assert rank_wanted(questions, catalogue_of(torch.ones(30, 3), 7)).tolist() == [30] * 5
+
+
+def test_seen_items_leave_the_ranking_but_the_wanted_one_stays():
+    queries = torch.tensor([[1.0], [1.0]])
+    vectors = torch.tensor([[5.0], [4.0], [3.0], [2.0], [1.0]])
+    seen_query, seen_item = torch.tensor([0, 0, 1, 1]), torch.tensor([0, 2, 2, 2])
+    questions = Questions(queries, torch.tensor([2, 3]), seen_query, seen_item)
+    assert rank_wanted(questions, catalogue_of(vectors, 2)).tolist() == [2, 3]
+
+
+def test_no_queries_rank_nothing():
+    questions = Questions(torch.empty(0, 3), NONE, NONE, NONE)
+    assert rank_wanted(questions, catalogue_of(torch.ones(4, 3), 2)).tolist() == []
