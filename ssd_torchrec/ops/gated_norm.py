@@ -1,0 +1,56 @@
+"""Gated root-mean-square norm of each event.
+
+    u   = y silu(z)                                            gate first, then norm
+    out = u / sqrt(mean(u^2) + eps) * weight                   mean over the channels of a group
+
+Shapes: T events, E channels, in `groups` groups of E / groups.
+Source: Dao & Gu 2024, arXiv:2405.21060, section 7.3, as its authors' code has it with norm_before_gate off.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssd_torchrec.errors import ShapeError
+from ssd_torchrec.ops.checks import check_shape
+from ssd_torchrec.ops.precision import sum_dtype
+
+
+def gated_norm_definition(y: Tensor, z: Tensor, weight: Tensor, *, eps: float, groups: int = 1) -> Tensor:
+    """The definition, in the dtype of its inputs: any device, differentiable; in fp64 the truth."""
+    u = (y * F.silu(z)).unflatten(-1, (groups, -1))  # (T, groups, E / groups)
+    return (u * (u.square().mean(-1, keepdim=True) + eps).rsqrt()).flatten(-2).to(y.dtype) * weight.to(y.dtype)
+
+
+def gated_norm_fused(y: Tensor, z: Tensor, weight: Tensor, *, eps: float, groups: int = 1) -> Tensor:
+    """The same, in fp32 or better throughout."""
+    dtype = sum_dtype(y)
+    return gated_norm_definition(y.to(dtype), z.to(dtype), weight.to(dtype), eps=eps, groups=groups).to(y.dtype)
+
+
+def gated_norm(y: Tensor, z: Tensor, weight: Tensor, *, eps: float, groups: int = 1) -> Tensor:
+    """Norm of the gated events, channel group by channel group.
+
+    Args:
+        y: (T, E) events.
+        z: (T, E) gate before its SiLU.
+        weight: (E,) scale of each channel.
+        eps: added to the mean square, at least 0.
+        groups: a divisor of E.
+
+    Returns:
+        (T, E) in the dtype of `y`; computed in fp32, or in fp64 if `y` is.
+
+    Raises:
+        ShapeError: shapes do not fit each other, or `groups` does not divide E.
+
+    Deterministic.
+    """
+    if y.ndim != 2 or groups < 1 or y.shape[1] % groups:
+        raise ShapeError(
+            f"y must be (T, E) with E a multiple of {groups} groups, got {tuple(y.shape)}; change groups or E"
+        )
+    check_shape("z", z, tuple(y.shape), "gate each channel of y")
+    check_shape("weight", weight, (y.shape[1],), "scale each channel of y")
+    norm = gated_norm_definition if y.dtype == torch.float64 else gated_norm_fused
+    return norm(y, z, weight, eps=eps, groups=groups)

@@ -1,0 +1,164 @@
+"""Short depthwise convolution along each row of a jagged batch.
+
+    y[t] = act(bias + sum_k weight[K-1-k] x[t-k])          k = 0 .. K-1
+    y[t] = act(bias + sum_k weight[K-1-k] x[t+k])          with reverse
+
+Shapes: B rows, T events in all; this file's C are channels, K taps. Tap K-1 meets the event itself. What lies before a
+row's first event is its tail, the last K-1 inputs before it, oldest first: 0 if not given. After its last event lie 0s.
+Source: Dao & Gu 2024, arXiv:2405.21060, section 7.1, with the padding of each row its own.
+"""
+
+from itertools import pairwise
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssd_torchrec.errors import ConfigError, ShapeError
+from ssd_torchrec.jagged import JaggedLayout
+from ssd_torchrec.ops.checks import check_shape
+from ssd_torchrec.ops.precision import as_given, sum_dtype
+from ssd_torchrec.ops.registry import refuse_double_backward
+
+Activation = Literal["silu", "hardswish", "none"]
+_ACTIVATIONS = {"silu": F.silu, "hardswish": F.hardswish, "none": lambda x: x}
+
+
+def short_conv_definition(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: JaggedLayout,
+    *,
+    activation: Activation,
+    reverse: bool = False,
+    tail: Tensor | None = None,
+    return_tail: bool = False,
+) -> Any:
+    """The definition, one event at a time: any device, any dtype, differentiable; in fp64 the truth."""
+    taps = weight.shape[1]
+    nothing = torch.stack([t[:0].sum() for t in (x, weight, tail) if t is not None]).sum()  # 0, and in every graph
+    y, tails = [], []
+    for row, (start, stop) in enumerate(pairwise(layout.offsets.tolist())):
+        past = x.new_zeros(taps - 1, x.shape[1]) if tail is None else tail[row].to(x.dtype)
+        inputs = torch.cat([past, x[start:stop].flip(0) if reverse else x[start:stop]])
+        outputs = [(weight.T * inputs[t : t + taps]).sum(0) for t in range(stop - start)]
+        y += reversed(outputs) if reverse else outputs
+        tails.append(inputs[stop - start :] + nothing)
+    out = torch.stack(y) if y else x + nothing
+    out = _ACTIVATIONS[activation](out if bias is None else out + bias).to(x.dtype)
+    if not return_tail:
+        return out
+    return out, torch.stack(tails) if tails else x.new_zeros(0, taps - 1, x.shape[1]) + nothing
+
+
+class _Correlate(torch.autograd.Function):
+    """(S, C) by (C, K) to (S - K + 1, C). PyTorch has the forward fast; its gradients of weight and bias are not."""
+
+    @staticmethod
+    def forward(ctx: Any, stream: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(stream, weight)
+        with as_given(stream):
+            return _correlate(stream, weight)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+        refuse_double_backward("short_conv")
+        (dy,) = grad_outputs
+        stream, weight = ctx.saved_tensors
+        taps = weight.shape[1]
+        product = torch.empty_like(dy)
+        dweight = [torch.mul(dy, stream[k : k + len(dy)], out=product).sum(0) for k in range(taps)]
+        with as_given(dy):
+            dstream = _correlate(F.pad(dy, (0, 0, taps - 1, taps - 1)), weight.flip(1))
+        return dstream, torch.stack(dweight, dim=1)
+
+
+def _correlate(stream: Tensor, weight: Tensor) -> Tensor:
+    images = stream.T[None, :, :, None]  # (1, C, S, 1), channels last in memory as they are
+    return F.conv2d(images, weight[:, None, :, None], groups=len(weight))[0, :, :, 0].T
+
+
+def short_conv_stream(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: JaggedLayout,
+    *,
+    activation: Activation,
+    reverse: bool = False,
+    tail: Tensor | None = None,
+    return_tail: bool = False,
+) -> Any:
+    """All rows at once, laid out as one stream with each row's tail before it: no window reaches into another row."""
+    channels, taps = weight.shape
+    dtype = sum_dtype(x)
+    room = taps - 1  # of a tail: before its row, or after it with reverse
+    window = torch.arange(layout.num_events, device=x.device) + room * layout.row_of_event  # (T,) where each begins
+    stream = x.new_zeros(layout.num_events + room * layout.num_rows + taps, channels, dtype=dtype)
+    stream = stream.index_copy(0, window if reverse else window + room, x.to(dtype))
+    rows = torch.arange(layout.num_rows, device=x.device)
+    tails = torch.arange(room, device=x.device) + room * rows[:, None]  # (B, K-1) room before and in each row's tail
+    if tail is not None:
+        before = (layout.offsets[:-1, None] + tails).flatten()
+        stream = stream.index_copy(0, before, tail.to(dtype).flatten(0, 1))
+    y = _Correlate.apply(stream, (weight.flip(1) if reverse else weight).to(dtype)).index_select(0, window)
+    y = _ACTIVATIONS[activation](y if bias is None else y + bias).to(x.dtype)
+    if not return_tail:
+        return y
+    return y, stream[layout.offsets[1:, None] + tails].to(x.dtype)
+
+
+def short_conv(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    layout: JaggedLayout,
+    *,
+    activation: Activation,
+    reverse: bool = False,
+    tail: Tensor | None = None,
+    return_tail: bool = False,
+) -> Any:
+    """Short depthwise convolution within each row, then an activation.
+
+    Args:
+        x: (T, C) events.
+        weight: (C, K) taps of each channel, at least one; the last meets the event itself.
+        bias: (C,) or None.
+        activation: "silu", "hardswish" or "none".
+        reverse: look at the following events instead of the past ones.
+        tail: (B, K-1, C) inputs before each row's first event, oldest first; 0 if None.
+        return_tail: also return the tail that the next events of each row will need.
+
+    Returns:
+        (T, C) in the dtype of `x`; summed in fp32, or in fp64 if `x` is. With `return_tail` also (B, K-1, C) in that
+        dtype: the last K-1 of old tail and row together, so a row shorter than that keeps the rest of its old tail.
+
+    Raises:
+        JaggedLayoutError: `x` does not hold the events of `layout`.
+        ShapeError: shapes do not fit each other.
+        ConfigError: the activation is none of the three, or `reverse` came with a tail: what follows a row's last event
+            is not known when the row is, so backwards there is no stream to resume.
+
+    Deterministic; a row's result does not depend on the other rows. Has no second derivative unless `x` is fp64.
+    """
+    layout.check(x)
+    if activation not in _ACTIVATIONS:
+        raise ConfigError(f"activation must be silu, hardswish or none, got {activation!r}; choose one of the three")
+    if reverse and (tail is not None or return_tail):
+        raise ConfigError(
+            "reverse must come without a tail, got both; backwards a row has no past, resume forwards only"
+        )
+    if x.ndim != 2 or weight.ndim != 2 or not weight.shape[1]:
+        raise ShapeError(
+            f"x must be (T, C) and weight (C, K), got {tuple(x.shape)} and {tuple(weight.shape)}; "
+            "drop the middle dimension of a Conv1d weight"
+        )
+    channels, taps = x.shape[1], weight.shape[1]
+    check_shape("weight", weight, (channels, taps), "give each channel of x its taps")
+    check_shape("bias", bias, (channels,), "give each channel of x one value")
+    check_shape("tail", tail, (layout.num_rows, taps - 1, channels), "give each row of the layout its last K-1 inputs")
+    conv = short_conv_definition if x.dtype == torch.float64 else short_conv_stream
+    return conv(x, weight, bias, layout, activation=activation, reverse=reverse, tail=tail, return_tail=return_tail)

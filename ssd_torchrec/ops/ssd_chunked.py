@@ -1,0 +1,239 @@
+"""The chunked path of the state-space dual recurrence, and its gradient, in plain PyTorch.
+
+Within a chunk of Q events, with `a` the log decays and i >= j:
+
+    y[i] = sum_j (C[i] . B[j]) exp(a[j+1] + ... + a[i]) u[j]  +  exp(a[1] + ... + a[i]) S C[i]
+    S'   = exp(a[1] + ... + a[Q]) S + sum_j exp(a[j+1] + ... + a[Q]) u[j] B[j]^T
+
+S is the state before the chunk, S' the one after it, and u = delta x.
+
+Shapes: n chunks, Q slots, H heads, P channels of a head, N state per channel, G groups; B and C are (n, G, Q, N).
+Source: Dao & Gu 2024, arXiv:2405.21060, section 6.
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ssd_torchrec.ops.chunks import ChunkTable
+from ssd_torchrec.ops.precision import as_given
+from ssd_torchrec.ops.registry import refuse_double_backward
+
+
+class _Decays(NamedTuple):
+    """What is left of something after some events of a chunk, from 0 to 1. Padding is silenced here, once for all."""
+
+    between: Tensor  # (n, H, Q, Q) from event j to event i; 0 where i is before j or is padding
+    entering: Tensor  # (n, H, Q) from before the chunk to event i; 0 at padding
+    leaving: Tensor  # (n, H, Q) from event j to the chunk's end; 0 at padding
+    whole: Tensor  # (n, H) from before the chunk to its end
+
+
+class _Chunks(NamedTuple):
+    """The scan's inputs, cut into chunks."""
+
+    u: Tensor  # (n, H, Q, P)
+    B: Tensor  # (n, G, Q, N)
+    C: Tensor  # (n, G, Q, N)
+    decays: _Decays
+
+    def part(self, start: int, stop: int | None = None) -> "_Chunks":
+        at = slice(start, stop)
+        return _Chunks(self.u[at], self.B[at], self.C[at], _Decays(*(t[at] for t in self.decays)))
+
+
+class _Gradients(NamedTuple):
+    """Gradients of `_Chunks`, and of log decays by what spans them: no small one is a difference of two large sums."""
+
+    u: Tensor
+    B: Tensor
+    C: Tensor
+    up_to: Tensor  # (n, H, Q) what reaches event i from before it, or ends there; counts for the decays up to i
+    beyond: Tensor  # (n, H, Q) what goes from event j to the chunk's end; counts for the decays after j
+    whole: Tensor  # (n, H) what crosses the chunk; counts for all its decays
+
+    def part(self, start: int, stop: int | None = None) -> "_Gradients":
+        return _Gradients(*(t[start:stop] for t in self))
+
+    def log_decay(self) -> Tensor:
+        up_to = self.up_to.flip(-1).cumsum(-1).flip(-1)
+        beyond = self.beyond.cumsum(-1) - self.beyond
+        return up_to.add_(beyond).add_(self.whole[..., None])
+
+
+def _decays(log_decay: Tensor, padding: Tensor) -> _Decays:
+    total = log_decay.cumsum(-1)  # of one row alone: another row's decays cannot cost digits
+    until = total.masked_fill(padding[:, None], -torch.inf)
+    between = (until[..., None] - total[..., None, :]).clamp_(max=0).exp_().tril_()  # a parallel cumsum can rise
+    last = total[..., -1:]
+    leaving = (last - total).clamp_(max=0).masked_fill_(padding[:, None], -torch.inf).exp_()
+    return _Decays(between, until.exp(), leaving, last[..., 0].exp())
+
+
+def _per_head(of_group: Tensor, of_head: Tensor) -> Tensor:
+    """Each head times its group: (n, G, ...) and (n, H, ...) to (n, H, ...)."""
+    return (of_group[:, :, None] * of_head.unflatten(1, (of_group.shape[1], -1))).flatten(1, 2)
+
+
+def _per_group(of_head: Tensor, groups: int) -> Tensor:
+    """Sum of the heads of each group: (n, H, ...) to (n, G, ...)."""
+    return of_head.unflatten(1, (groups, -1)).sum(2)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
+    """total += left @ right, in place; matrices in the last two of four dimensions."""
+    total.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
+
+
+def _states(chunks: _Chunks, initial: Tensor | None, table: ChunkTable, keep_final: bool) -> tuple[Tensor, Tensor]:
+    """The state before each of the last m chunks, which are all that have one; and the state after each row.
+
+    Returns:
+        (m, H, P, N) and (B, H, P, N), rows in the table's order; without `keep_final` the second means nothing.
+    """
+    without = 0 if initial is not None else sum(table.rows_of_rank[:1])
+    shape = (chunks.u.shape[1], chunks.u.shape[3], chunks.B.shape[3])
+    carried = chunks.u.new_empty(len(chunks.u) - without, *shape)
+    state = chunks.u.new_zeros(len(table.row_order), *shape) if initial is None else initial[table.row_order]
+    for start, rows, onward in table.ranks():
+        if start >= without:
+            carried[start - without : start - without + rows] = state[:rows]
+        going = chunks.part(start, start + (rows if keep_final else onward))
+        after = state[: len(going.u)]
+        after *= going.decays.whole[..., None, None]
+        _add_product(after, going.u.mT, _per_head(going.B, going.decays.leaving[..., None]))
+    return carried, state
+
+
+def _within(chunks: _Chunks, mixing: Tensor, dy: Tensor) -> _Gradients:
+    """Gradients through the events of the same chunk."""
+    dmixing = dy @ chunks.u.mT  # (n, H, Q, Q)
+    spans = dmixing * mixing
+    spans.diagonal(dim1=-2, dim2=-1).zero_()  # an event decays on its way to another one only
+    dproduct = _per_group(dmixing.mul_(chunks.decays.between), chunks.B.shape[1])
+    up_to = spans.sum(-1).sub_(spans.sum(-2))
+    return _Gradients(
+        u=mixing.mT @ dy,
+        B=dproduct.mT @ chunks.C,
+        C=dproduct @ chunks.B,
+        up_to=up_to,
+        beyond=torch.zeros_like(up_to),
+        whole=torch.zeros_like(up_to[..., 0]),
+    )
+
+
+def _through_entering(chunks: _Chunks, carried: Tensor, dy: Tensor, grads: _Gradients) -> Tensor:
+    """Adds the gradients of what states bring to the outputs of chunks; returns the gradient of those states."""
+    entering = chunks.decays.entering[..., None]
+    dC = (dy @ carried).mul_(entering)
+    grads.C.add_(_per_group(dC, chunks.C.shape[1]))
+    grads.up_to.add_(_per_head(chunks.C, dC).sum(-1))
+    return dy.mT @ _per_head(chunks.C, entering)
+
+
+def _through_leaving(chunks: _Chunks, dafter: Tensor, grads: _Gradients) -> None:
+    """Adds the gradients of what chunks add to the state after them."""
+    leaving = chunks.decays.leaving[..., None]
+    _add_product(grads.u, _per_head(chunks.B, leaving), dafter.mT)
+    dB = (chunks.u @ dafter).mul_(leaving)
+    grads.B.add_(_per_group(dB, chunks.B.shape[1]))
+    grads.beyond.add_(_per_head(chunks.B, dB).sum(-1))
+
+
+def _across(
+    chunks: _Chunks, carried: Tensor, dy: Tensor, dfinal: Tensor | None, table: ChunkTable, grads: _Gradients
+) -> Tensor:
+    """Adds the gradients through states; returns that of the state before each row, in the table's order.
+
+    Args:
+        dfinal: (B, H, P, N) gradient of the state after each row, or None; rows in the table's order.
+    """
+    without = len(chunks.u) - len(carried)
+    dcarried = _through_entering(chunks.part(without), carried, dy[without:], grads.part(without))
+    dstate = carried.new_zeros(len(table.row_order), *carried.shape[1:]) if dfinal is None else dfinal
+    for start, rows, onward in reversed([*table.ranks()]):
+        after = slice(start + rows - without, start + rows - without + onward)
+        dafter = dcarried[after] if dfinal is None else torch.cat([dcarried[after], dfinal[onward:rows]])
+        going = chunks.part(start, start + len(dafter))
+        _through_leaving(going, dafter, grads.part(start, start + len(dafter)))
+        if start >= without:
+            before = slice(start - without, start - without + len(dafter))
+            dkept = dafter * going.decays.whole[..., None, None]
+            grads.whole[start : start + len(dafter)] = (dkept * carried[before]).sum((-1, -2))
+            dcarried[before] += dkept
+    rows = sum(table.rows_of_rank[:1])
+    return torch.cat([dcarried[:rows], dstate[rows:]])
+
+
+class _ChunkedScan(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        delta: Tensor,
+        A: Tensor,
+        B: Tensor,
+        C: Tensor,
+        initial: Tensor | None,
+        table: ChunkTable,
+        keep_final: bool,
+    ) -> tuple[Tensor, Tensor | None]:
+        step = table.cut(delta).masked_fill_(table.is_padding[:, None], 0)  # (n, H, Q)
+        decays = _decays(step * A[:, None], table.is_padding)
+        chunks = _Chunks(table.cut(x * delta[..., None]), table.cut(B), table.cut(C), decays)
+        with as_given(x):
+            mixing = _per_head(chunks.C @ chunks.B.mT, decays.between)  # (n, H, Q, Q)
+            y = mixing @ chunks.u
+            carried, state = _states(chunks, initial, table, keep_final)
+            entered = chunks.part(len(y) - len(carried))
+            reading = _per_head(entered.C, entered.decays.entering[..., None])
+            _add_product(y[len(y) - len(carried) :], reading, carried.mT)
+        ctx.table, ctx.has_initial, ctx.has_final = table, initial is not None, keep_final
+        ctx.save_for_backward(x, delta, A, step, mixing, carried, *chunks[:3], *decays)
+        return table.join(y), state[table.place_of_row] if keep_final else None
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward("ssd_scan")
+        dy, dfinal = grad_outputs
+        table: ChunkTable = ctx.table
+        x, delta, A, step, mixing, carried, u, B, C, *decays = ctx.saved_tensors
+        chunks = _Chunks(u, B, C, _Decays(*decays))
+        with as_given(x):
+            dy = table.cut(dy)
+            grads = _within(chunks, mixing, dy)
+            dstate = dfinal[table.row_order] if ctx.has_final else None
+            dinitial = _across(chunks, carried, dy, dstate, table, grads)
+        dlog_decay, du = grads.log_decay(), table.join(grads.u)
+        ddelta = table.join(dlog_decay * A[:, None]) + (du * x).sum(-1)
+        dA = (dlog_decay * step).sum((0, 2))
+        dinitial = dinitial[table.place_of_row] if ctx.has_initial else None
+        return du * delta[..., None], ddelta, dA, table.join(grads.B), table.join(grads.C), dinitial, None, None
+
+
+def chunked_scan(
+    x: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    table: ChunkTable,
+    *,
+    initial_state: Tensor | None = None,
+    keep_final: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """The recurrence alone, all tensors of one dtype, chunk by chunk.
+
+    Args:
+        x: (T, H, P).
+        delta: (T, H) steps, positive.
+        A: (H,) below 0.
+        B: (T, G, N).
+        C: (T, G, N).
+        initial_state: (B, H, P, N) before each row's first event, 0 where None.
+
+    Returns:
+        (T, H, P) `S C`, and with `keep_final` the (B, H, P, N) state after each row, else None.
+    """
+    return _ChunkedScan.apply(x, delta, A, B, C, initial_state, table, keep_final)
