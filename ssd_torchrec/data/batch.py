@@ -2,11 +2,14 @@
 
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from ssd_torchrec.data.rows import Ints, Rows
+from ssd_torchrec.data.schema import DatasetMeta
 from ssd_torchrec.jagged import JaggedLayout
 
 
@@ -48,3 +51,37 @@ class Batch(Pipelineable):
         self.features.record_stream(stream)  # pyright: ignore[reportArgumentType]
         self.layout.record_stream(stream)
         self.target.record_stream(stream)
+
+
+def collate(
+    rows: Rows, target_item: Ints, meta: DatasetMeta, *, global_targets: int, with_candidates: bool = True
+) -> Batch:
+    """Lay rows out as a batch on the host; no rows become one empty row, since no rank may come without any.
+
+    Args:
+        rows: B histories.
+        target_item: (T,) table row of the item that follows each event, or -1 where nothing is asked. Rows below
+            `meta.first_item` are no candidates: they are not asked for either.
+        global_targets: targets of the global batch over all ranks, at least 1.
+        with_candidates: whether the key "candidate" lists the whole catalogue or nothing. `target` counts from the
+            first item either way.
+    """
+    lengths = [rows.lengths, rows.lengths]
+    values = [rows.item, rows.timestamp]
+    num_rows = max(rows.num_rows, 1)
+    candidates = np.arange(meta.first_item, meta.num_table_rows if with_candidates else meta.first_item)
+    lengths.append(np.concatenate([[len(candidates)], np.zeros(num_rows - 1, np.int64)]))
+    values.append(candidates)
+    for name in meta.context:
+        lengths.append(rows.context[name].lengths)
+        values.append(rows.context[name].values)
+    if not rows.num_rows:
+        lengths = [part if len(part) else np.zeros(1, np.int64) for part in lengths]
+    features = KeyedJaggedTensor.from_lengths_sync(
+        keys=["item", "timestamp", "candidate", *meta.context],
+        values=torch.from_numpy(np.concatenate(values)),
+        lengths=torch.from_numpy(np.concatenate(lengths)),
+    )
+    target = np.where(target_item >= meta.first_item, target_item - meta.first_item, -1)
+    layout = JaggedLayout.from_lengths(torch.from_numpy(lengths[0]))
+    return Batch(features, layout, torch.from_numpy(target), global_targets)
