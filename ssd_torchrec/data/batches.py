@@ -1,9 +1,9 @@
 """A data set as batches: this rank's share of each global batch, in an order that depends on seed and epoch alone.
 
-Every rank plans the same global batches and reads the same windows of row groups, then keeps its own rows. So all ranks
-give equally many batches, whoever got no row of one gives an empty row, and a run goes on at another world size where it
-stopped. The caller counts the batches completed; `epoch(epoch, first)` begins at that count without reading what lies in
-windows before it.
+Every rank plans the same global batches and reads the same windows of row groups, then keeps its own rows. So all
+ranks give equally many batches, whoever got no row of one gives an empty row, and a run goes on at another world size
+where it stopped. The caller counts the batches completed; `epoch(epoch, first)` begins at that count without reading
+windows that lie before it.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ from ssd_torchrec.data.batch import Batch, collate
 from ssd_torchrec.data.batch_plan import BatchConfig, Window, evaluation_windows, share_of_rank, training_windows
 from ssd_torchrec.data.parquet import UserHistories
 from ssd_torchrec.data.prefetch import prefetched
-from ssd_torchrec.data.rows import Ints, Rows
+from ssd_torchrec.data.rows import Ints, Rows, ranges
 from ssd_torchrec.data.split import Spans, Stage
 from ssd_torchrec.errors import ConfigError
 
@@ -124,10 +124,9 @@ class _Loaded:
         first_target = self.rows.offsets[rows] + 1
         known = self.known_so_far[first_target + self.lengths[rows]] - self.known_so_far[first_target]
         ours = share_of_rank(rows, self.lengths[rows], share.rank, share.world_size)
-        shifted = Rows(self.rows.user_id, self.rows.item[1:], self.rows.timestamp[1:], self.rows.offsets)
         return collate(
             self.rows.take(ours, self.lengths[ours]),
-            shifted.take(ours, self.lengths[ours]).item,
+            self.rows.item[ranges(self.rows.offsets[ours] + 1, self.lengths[ours])],
             self.histories.meta,
             global_targets=max(int(known.sum()), 1),
             with_candidates=with_candidates,

@@ -13,8 +13,8 @@ _PATIENCE_S = 0.1  # between looks at whether anyone still wants more
 def prefetched(values: Iterator[T], ahead: int = 2) -> Iterator[T]:
     """Draw from `values` in a thread, at most `ahead` + 1 values before they are asked for.
 
-    The thread begins with the first value asked for. An exception of `values` is raised where the value would have come.
-    Closing or dropping the iterator ends the thread.
+    The thread begins with the first value asked for. An exception of `values` is raised where its value would have
+    come. Closing or dropping the iterator ends the thread.
     """
     drawn: queue.Queue = queue.Queue(maxsize=ahead)
     unwanted = threading.Event()

@@ -8,8 +8,8 @@ all events before it. So three numbers a row say all:
     # valid_target     3                    ?            from e0..e2; -1 where the row has none
     # test_target      4                        ?        from e0..e3; -1 where the row has none
 
-A row that is too short takes part in what it can: one training event has no target, a target at position 0 has no history
-and is none. Nothing is dropped unsaid: `Spans.counts()` tells how many rows each stage goes without.
+A row that is too short takes part in what it can: one training event has no target, a target at position 0 has no
+history and is none. Nothing is dropped unsaid: `Spans.counts()` tells how many rows each stage goes without.
 """
 
 from dataclasses import asdict, dataclass

@@ -1,11 +1,13 @@
-"""What is known of the training events before training: one streaming pass each, nothing of the later events looked at."""
+"""What is counted before training, each in one streaming pass; of later events only whether they are known items."""
+
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ssd_torchrec.data.parquet import UserHistories
-from ssd_torchrec.data.rows import Ints, ranges
+from ssd_torchrec.data.rows import Ints, Rows, ranges
 from ssd_torchrec.data.split import Spans
 from ssd_torchrec.errors import DataError
 
@@ -47,7 +49,7 @@ def item_counts(histories: UserHistories, spans: Spans) -> Tensor:
 
 def unknown_targets(histories: UserHistories, spans: Spans) -> dict[str, int]:
     """Targets of "training", "valid" and "test" that are out-of-vocabulary rows, which no batch asks for."""
-    unknown = dict.fromkeys(("training", "valid", "test"), 0)
+    unknown: dict[str, int] = dict.fromkeys(("training", "valid", "test"), 0)
     stages = np.stack([spans.training_inputs, spans.valid_target, spans.test_target], axis=1)
     for rows, (inputs, valid, test) in ((r, s.T) for r, s in _row_groups(histories, stages)):
         is_unknown = rows.item < histories.meta.first_item
@@ -58,7 +60,7 @@ def unknown_targets(histories: UserHistories, spans: Spans) -> dict[str, int]:
     return unknown
 
 
-def _row_groups(histories: UserHistories, of_row: Ints):
+def _row_groups(histories: UserHistories, of_row: Ints) -> Iterator[tuple[Rows, Ints]]:
     """Each row group with its part of an (R, ...) array."""
     bounds = histories.row_group_offsets
     for number, rows in enumerate(histories):
