@@ -1,0 +1,151 @@
+"""What updates the weights: one keyed optimizer for tables and dense part, whether tables are split or not.
+
+    CombinedOptimizer
+      "tables"   fused into FBGEMM's backward when tables are split, else a PyTorch optimizer
+      "dense"    Adam or SGD, its gradients clipped by their global norm on request
+
+Clipping covers the dense part only: fused optimizers step inside backward, before a norm is known. It does the same for
+unsplit tables, so that every world computes the same. All state exists, zeroed, from the start: a checkpoint loaded in
+place then misses nothing.
+"""
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.optim.apply_optimizer_in_backward import _apply_optimizer_in_backward
+from torchrec.optim import RowWiseAdagrad
+from torchrec.optim.clipping import GradientClipping, GradientClippingOptimizer
+from torchrec.optim.keyed import CombinedOptimizer, KeyedOptimizer, KeyedOptimizerWrapper
+
+from ssd_torchrec.distributed.plan import ShardingConfig
+from ssd_torchrec.errors import ConfigError
+
+TABLE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "sgd": torch.optim.SGD,
+    "adagrad": torch.optim.Adagrad,
+    "rowwise_adagrad": RowWiseAdagrad,
+    "adam": torch.optim.Adam,
+}
+UNDECAYED = {"A_log", "D", "dt_bias"}  # decay rates, skips and step sizes of an SSM: zero means nothing special to them
+
+
+@dataclass(frozen=True, kw_only=True)
+class DenseOptimizerConfig:
+    """What updates everything that is not an embedding table."""
+
+    optimizer: Literal["adam", "sgd"] = "adam"
+    """adam decays weights decoupled from the gradient (AdamW); with weight_decay 0 it is the papers' Adam."""
+
+    learning_rate: float = 1e-3
+    """Learning rate before the schedule's factor."""
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Decay of Adam's two moments."""
+
+    eps: float = 1e-8
+    """Added to Adam's denominator."""
+
+    weight_decay: float = 0.0
+    """Weights lose this share times the learning rate a step; biases, norms, A_log, dt_bias and D never decay."""
+
+    clip_norm: float | None = None
+    """Scale the dense gradients down to this global norm; tables are not clipped. None: never."""
+
+    def __post_init__(self) -> None:
+        if not self.learning_rate > 0:
+            raise ConfigError(f"the dense learning_rate must be above 0, got {self.learning_rate}")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"betas must lie in [0, 1), got {self.betas}")
+        if not self.eps > 0:
+            raise ConfigError(f"eps must be above 0, got {self.eps}")
+        if self.weight_decay < 0:
+            raise ConfigError(f"weight_decay must be at least 0, got {self.weight_decay}")
+        if self.clip_norm is not None and not self.clip_norm > 0:
+            raise ConfigError(f"clip_norm must be above 0, got {self.clip_norm}; leave it None to not clip")
+
+
+def table_options(config: ShardingConfig) -> dict[str, float]:
+    """Keyword arguments of the tables' optimizer; a new dict a call, since TorchRec edits the one it is given."""
+    assert config.learning_rate is not None  # resolved
+    return {"lr": config.learning_rate} | ({} if config.optimizer == "sgd" else {"eps": config.eps})
+
+
+def fuse_into_backward(tables: Iterable[nn.Parameter], config: ShardingConfig) -> None:
+    """Mark tables to be updated inside backward; before they are sharded."""
+    for table in tables:
+        _apply_optimizer_in_backward(TABLE_OPTIMIZERS[config.optimizer], [table], table_options(config))
+
+
+def unfused(tables: Mapping[str, nn.Parameter], config: ShardingConfig) -> KeyedOptimizer:
+    """The PyTorch optimizer that does to whole tables what the fused one does to split ones."""
+    kind: Any = TABLE_OPTIMIZERS[config.optimizer]
+    return _with_state(KeyedOptimizerWrapper(tables, lambda weights: kind(weights, **table_options(config))))
+
+
+def combined(tables: KeyedOptimizer, dense: KeyedOptimizer) -> CombinedOptimizer:
+    """One optimizer of both parts, each group remembering the learning rate it was built with."""
+    optimizer = CombinedOptimizer([("tables", tables), ("dense", dense)])
+    for group in optimizer.param_groups:
+        _as_dict(group)["initial_lr"] = group["lr"]
+    return optimizer
+
+
+def dense_optimizer(parameters: Mapping[str, nn.Parameter], config: DenseOptimizerConfig) -> KeyedOptimizer:
+    """The optimizer of the named dense parameters, clipping included."""
+    optimizer: KeyedOptimizer = _with_state(KeyedOptimizerWrapper(parameters, lambda _: _dense(parameters, config)))
+    if config.clip_norm is None:
+        return optimizer
+    return GradientClippingOptimizer(optimizer, GradientClipping.NORM, max_gradient=config.clip_norm)
+
+
+def _dense(parameters: Mapping[str, nn.Parameter], config: DenseOptimizerConfig) -> torch.optim.Optimizer:
+    decayed = [p for name, p in parameters.items() if decays(name, p)]
+    kept = [p for name, p in parameters.items() if not decays(name, p)]
+    groups: list[dict[str, Any]] = [
+        {"params": decayed, "weight_decay": config.weight_decay},
+        {"params": kept, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=config.learning_rate)
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+
+
+def decays(name: str, parameter: Tensor) -> bool:
+    """Whether weight decay may pull this dense parameter to zero: matrices and convolutions only."""
+    return parameter.ndim > 1 and name.rpartition(".")[2] not in UNDECAYED
+
+
+@torch.no_grad()
+def _with_state(optimizer: KeyedOptimizer) -> KeyedOptimizer:
+    """Make an optimizer's lazy state now, as it is before the first step; weights stay as they are."""
+    rates = [group["lr"] for group in optimizer.param_groups]
+    for group in optimizer.param_groups:
+        _as_dict(group)["lr"] = 0.0
+    optimizer.init_state()
+    for group, rate in zip(optimizer.param_groups, rates, strict=True):
+        _as_dict(group)["lr"] = rate
+    for state in optimizer.state.values():
+        for value in state.values():
+            if isinstance(value, Tensor):
+                value.zero_()  # a step with zero gradients leaves zeros but for the count of steps
+    optimizer.zero_grad(set_to_none=True)
+    return optimizer
+
+
+def set_learning_rate(optimizer: CombinedOptimizer, factor: float) -> None:
+    """Set every learning rate, of tables and dense part, to `factor` times the one it was built with.
+
+    To be called before the step's `zero_grad` (a pipeline's `progress` calls that first): fused optimizers take the
+    rate over there, and step inside backward.
+    """
+    for group in optimizer.param_groups:
+        _as_dict(group)["lr"] = group["initial_lr"] * factor
+
+
+def _as_dict(group: Mapping[str, Any]) -> dict[str, Any]:
+    assert isinstance(group, dict)  # typed as a Mapping, and the live dict
+    return group

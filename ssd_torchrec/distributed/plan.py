@@ -1,0 +1,271 @@
+"""Who holds which part of which table: what may be asked for, and TorchRec's planner to carry it out.
+
+    row_wise      every rank holds a range of rows        any table with enough rows; the default of several processes
+    table_wise    one rank holds the table                small tables beside a large one
+    column_wise   every rank holds a range of columns     width a multiple of 4 x ranks
+
+What TorchRec 1.6 to 1.8 accepts but computes wrongly is refused here, each with its reason.
+"""
+
+import logging
+import os
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torchrec import EmbeddingBagConfig
+from torchrec.distributed.embedding import EmbeddingCollectionSharder
+from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
+from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
+from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
+
+from ssd_torchrec.distributed.process import World
+from ssd_torchrec.distributed.tables import TableConfig, tables_of
+from ssd_torchrec.errors import ConfigError
+
+LEARNING_RATE = {"sgd": 0.1, "adagrad": 0.02, "rowwise_adagrad": 0.02, "adam": 1e-3}
+RESERVED_MEMORY = 0.15  # of each device, for what the planner does not count: encoder, activations, loss
+
+UNSOUND_DATA_PARALLEL = (
+    "tables must be split row_wise, table_wise or column_wise, got data_parallel: TorchRec would look an "
+    "EmbeddingCollection up with the dense kernel, which on CPU pools the events of a row into one, and its optimizer "
+    "state could not be resharded; take table_wise for a small table, or sharding none with one process"
+)
+UNSOUND_DENSE = (
+    "compute_kernel must be a fused one, got dense: on CPU it pools an EmbeddingCollection's events or corrupts "
+    "memory, and it has no optimizer of its own to checkpoint; take fused"
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardingConfig:
+    """How the embedding tables are split over the ranks and what updates them."""
+
+    sharding: Literal["auto", "none", "row_wise", "table_wise", "column_wise", "data_parallel"] = "auto"
+    """Split of every table. auto: none for one process; for several row_wise, but table_wise for a table with too few
+    rows and, on CPU, for pooled tables: gloo sums their rows only if all ranks bring equally many, which row_wise
+    leaves to the loader. data_parallel is refused: TorchRec computes it wrongly for event tables on CPU."""
+
+    by_table: dict[str, Literal["row_wise", "table_wise", "column_wise"]] = field(default_factory=dict)
+    """Tables that are split differently, by table name."""
+
+    optimizer: Literal["auto", "sgd", "adagrad", "rowwise_adagrad", "adam"] = "auto"
+    """What updates the tables. auto: adam (as in the papers) for whole tables and on CUDA; on CPU, where FBGEMM has no
+    Adam, rowwise_adagrad for split tables, or adagrad if one is split by columns. Adam keeps two numbers beside every
+    weight, adagrad one, rowwise_adagrad one a row: take the last where Adam's moments do not fit the GPUs."""
+
+    learning_rate: float | None = None
+    """Learning rate of the tables. None: 0.1 for sgd, 0.02 for both adagrads, 0.001 for adam."""
+
+    eps: float = 1e-8
+    """Added to the denominator of adagrad, rowwise_adagrad and adam."""
+
+    compute_kernel: Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"] = "fused"
+    """Where FBGEMM keeps split tables: fused in device memory; on CUDA also fused_uvm in host memory, fused_uvm_caching
+    in host memory behind a device cache. dense is refused: on CPU it corrupts memory."""
+
+    def __post_init__(self) -> None:
+        if "data_parallel" in (self.sharding, *self.by_table.values()):
+            raise ConfigError(UNSOUND_DATA_PARALLEL)
+        if self.compute_kernel == "dense":
+            raise ConfigError(UNSOUND_DENSE)
+        if self.optimizer == "rowwise_adagrad" and "column_wise" in (self.sharding, *self.by_table.values()):
+            raise ConfigError(
+                "column_wise tables must not be updated by rowwise_adagrad: each column range would keep a statistic "
+                "of its own, which computes something else and cannot be resharded; take adagrad, or split row_wise"
+            )
+        if self.learning_rate is not None and not self.learning_rate > 0:
+            raise ConfigError(f"the tables' learning_rate must be above 0, got {self.learning_rate}")
+        if not self.eps > 0:
+            raise ConfigError(f"eps must be above 0, got {self.eps}")
+
+    @property
+    def split(self) -> bool:
+        """Whether tables are sharded; meaningful once resolved."""
+        return self.sharding != "none"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What a rank looks up in a step, for the planner's estimate of memory and time; numerics do not depend on it."""
+
+    rows_per_rank: int = 512
+    """Rows B of a rank's batch."""
+
+    ids_per_row: dict[str, float] = field(default_factory=dict)
+    """Average ids a row, by feature name; 1 for a feature that is not named."""
+
+
+def resolve(
+    config: ShardingConfig, tables: Mapping[str, TableConfig], world_size: int, device: torch.device
+) -> ShardingConfig:
+    """Replace every "auto" and None by what it means here, and name the split of every table in `by_table`.
+
+    Raises:
+        ConfigError: the split does not fit the number of ranks, or the optimizer not the split or the device.
+    """
+    sharding = config.sharding
+    if sharding == "auto":
+        sharding = "none" if world_size == 1 else "row_wise"
+    if sharding == "none" and world_size > 1:
+        raise ConfigError(
+            f"several processes must split the tables, got sharding none with {world_size} processes; take row_wise, "
+            "or start one process"
+        )
+    names = {table.name for table in tables.values()}
+    if unknown := sorted(set(config.by_table) - names):
+        raise ConfigError(
+            f"by_table must name tables of the model ({', '.join(sorted(names))}), got {', '.join(unknown)}"
+        )
+    by_table = {} if sharding == "none" else {t.name: _split_of(t, config, world_size, device) for t in tables.values()}
+    optimizer = _optimizer(config, sharding, "column_wise" in by_table.values(), device)
+    resolved = replace(
+        config,
+        sharding=sharding,
+        by_table=by_table,
+        optimizer=optimizer,
+        learning_rate=config.learning_rate or LEARNING_RATE[optimizer],
+    )
+    _check_device(resolved, device)
+    return resolved
+
+
+def _optimizer(config: ShardingConfig, sharding: str, by_column: bool, device: torch.device) -> str:
+    if config.optimizer != "auto":
+        return config.optimizer
+    if sharding == "none" or device.type == "cuda":
+        return "adam"
+    return "adagrad" if by_column else "rowwise_adagrad"
+
+
+def _check_device(config: ShardingConfig, device: torch.device) -> None:
+    if device.type != "cpu" or not config.split:
+        return
+    if config.optimizer == "adam":
+        raise ConfigError(
+            "split tables on CPU must be updated by sgd, adagrad or rowwise_adagrad, got adam: FBGEMM has no fused "
+            "Adam for CPU; take rowwise_adagrad, or train in one process with sharding none"
+        )
+    if config.compute_kernel != "fused":
+        raise ConfigError(
+            f"compute_kernel {config.compute_kernel} keeps a GPU's tables in host memory, got tables on CPU, which "
+            "lie there anyway; take fused"
+        )
+
+
+def _split_of(table: TableConfig, config: ShardingConfig, world_size: int, device: torch.device) -> str:
+    split = config.by_table.get(table.name)
+    if split is None and config.sharding == "auto":
+        pooled_on_cpu = isinstance(table, EmbeddingBagConfig) and device.type == "cpu"
+        by_rows = _rows_suffice(table.num_embeddings, world_size) and not pooled_on_cpu
+        return "row_wise" if by_rows else "table_wise"
+    split = split or config.sharding
+    if split == "row_wise" and not _rows_suffice(table.num_embeddings, world_size):
+        raise ConfigError(
+            f"row_wise must leave every rank a row, got table {table.name} with {table.num_embeddings} rows for "
+            f"{world_size} ranks; set by_table to table_wise for {table.name}, or start fewer processes"
+        )
+    if split == "column_wise" and table.embedding_dim % (4 * world_size):
+        raise ConfigError(
+            f"column_wise must cut the width into a multiple of 4 per rank, got table {table.name} of width "
+            f"{table.embedding_dim} for {world_size} ranks; take row_wise, or a number of ranks whose fourfold divides "
+            "the width"
+        )
+    return split
+
+
+def _rows_suffice(rows: int, world_size: int) -> bool:
+    """TorchRec gives each rank ceil(rows / ranks) rows while they last; the last rank must get some."""
+    per_rank = -(-rows // world_size)
+    return per_rank * (world_size - 1) < rows
+
+
+class RowWiseBagSharder(EmbeddingBagCollectionSharder):
+    """Offers row_wise on CPU too: TorchRec left it out when gloo had no reduce-scatter, which it has by now."""
+
+    def sharding_types(self, compute_device_type: str) -> list[str]:
+        types = super().sharding_types(compute_device_type)
+        return types if ShardingType.ROW_WISE.value in types else [*types, ShardingType.ROW_WISE.value]
+
+
+def sharders() -> list[ModuleSharder[nn.Module]]:
+    """The sharders of the two kinds of collection that our models have."""
+    return [EmbeddingCollectionSharder(), RowWiseBagSharder()]  # type: ignore[list-item]  # theirs is invariant
+
+
+def plan_tables(model: nn.Module, config: ShardingConfig, workload: Workload, world: World) -> ShardingPlan:
+    """Place every table of an unsharded model as the resolved `config` says; the same plan on every rank. Collective.
+
+    Raises:
+        ConfigError: on every rank, when the tables do not fit the memory of the ranks.
+    """
+    result: list[ShardingPlan | str] = [""]
+    if world.rank == 0:
+        try:
+            with _without_topology_warning():
+                result = [_planner(model, config, workload, world).plan(model, sharders())]
+        except PlannerError as error:
+            result = [str(error)]
+    dist.broadcast_object_list(result, src=0)
+    if isinstance(result[0], str):
+        raise ConfigError(
+            f"the tables must fit the memory of {world.size} ranks, the planner finds they do not: {result[0]}"
+        )
+    return result[0]
+
+
+def _planner(model: nn.Module, config: ShardingConfig, workload: Workload, world: World) -> EmbeddingShardingPlanner:
+    host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // world.local_size
+    on_gpu = world.device.type == "cuda"
+    topology = Topology(
+        world_size=world.size,
+        local_world_size=world.local_size,
+        compute_device=world.device.type,
+        hbm_cap=torch.cuda.get_device_properties(world.device).total_memory if on_gpu else 0,
+        ddr_cap=host,
+    )
+    return EmbeddingShardingPlanner(
+        topology=topology,
+        batch_size=workload.rows_per_rank,
+        storage_reservation=FixedPercentageStorageReservation(RESERVED_MEMORY),
+        constraints={table.name: _constraints(table, config, workload, world) for table in tables_of(model).values()},
+        debug=False,
+    )
+
+
+@contextmanager
+def _without_topology_warning() -> Iterator[None]:
+    """TorchRec 1.8 warns that a Topology should come from a factory, which 1.6 does not have and which adds nothing."""
+    logger = logging.getLogger("torchrec.distributed.planner.types")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _constraints(table: TableConfig, config: ShardingConfig, workload: Workload, world: World) -> ParameterConstraints:
+    split = config.by_table[table.name]
+    return ParameterConstraints(
+        sharding_types=[split],
+        compute_kernels=[config.compute_kernel],
+        pooling_factors=[workload.ids_per_row.get(feature, 1.0) for feature in table.feature_names],
+        min_partition=table.embedding_dim // world.size if split == "column_wise" else None,
+    )
+
+
+def describe_plan(plan: ShardingPlan) -> dict[str, str]:
+    """What a plan does, for logs and checkpoints: by table name the split, the kernel and the ranks that hold parts."""
+    described = {}
+    for module_plan in plan.plan.values():
+        for name, parameter in module_plan.items():  # type: ignore[attr-defined]  # an EmbeddingModuleShardingPlan is a dict
+            ranks = ", ".join(str(rank) for rank in parameter.ranks or [])
+            described[name] = f"{parameter.sharding_type} {parameter.compute_kernel} on rank {ranks}"
+    return described

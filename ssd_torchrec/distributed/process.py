@@ -1,0 +1,163 @@
+"""Which process this is, the group it belongs to, and what all of them must know before the next step.
+
+torchrun tells each process its place through environment variables; `__main__` alone reads them and hands them to
+`launched`. On CPU the group speaks gloo; on CUDA it speaks NCCL for device tensors and gloo for host objects.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from datetime import timedelta
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssd_torchrec.errors import ConfigError, DivergedError
+
+BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class World:
+    """One process's place among all of a run."""
+
+    rank: int = 0
+    """This process, 0 to size - 1; rank 0 writes logs and results."""
+
+    size: int = 1
+    """Processes of the run, over all machines."""
+
+    local_rank: int = 0
+    """This process among those of its machine; picks the GPU."""
+
+    local_size: int = 1
+    """Processes on this machine; they share its memory."""
+
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    """Where this process computes."""
+
+    meeting_point: str | None = None
+    """"host:port" where the processes find each other; None for one process that needs no group."""
+
+
+def launched(environment: Mapping[str, str], device: Literal["auto", "cpu", "cuda"] = "auto") -> World:
+    """Read this process's place from what torchrun set; a process that torchrun did not start is alone.
+
+    Args:
+        environment: usually `os.environ`.
+        device: "auto" takes CUDA where there is a GPU.
+
+    Raises:
+        ConfigError: variables are missing, or this machine has fewer GPUs than processes.
+    """
+    kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    if "WORLD_SIZE" not in environment:
+        return World(device=_device(kind, 0, 1))
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    if missing := [name for name in names if name not in environment]:
+        raise ConfigError(f"WORLD_SIZE is set but {', '.join(missing)} not; start with torchrun, which sets them all")
+    rank, size, local_rank, local_size = (int(environment[name]) for name in names[:4])
+    return World(
+        rank=rank,
+        size=size,
+        local_rank=local_rank,
+        local_size=local_size,
+        device=_device(kind, local_rank, local_size),
+        meeting_point=f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}",
+    )
+
+
+def _device(kind: str, local_rank: int, local_size: int) -> torch.device:
+    if kind == "cpu":
+        return torch.device("cpu")
+    if (gpus := torch.cuda.device_count()) < local_size:
+        raise ConfigError(
+            f"each process needs a GPU of its own, got {local_size} processes and {gpus} GPUs on this machine; "
+            "start fewer processes per machine or compute on the CPU"
+        )
+    return torch.device("cuda", local_rank)
+
+
+@contextmanager
+def process_group(world: World, timeout_s: float = 600.0) -> Iterator[None]:
+    """Join the run's process group for the length of the block; does nothing for a process that is alone.
+
+    Args:
+        timeout_s: how long a collective waits for the other ranks before it raises.
+    """
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    if world.meeting_point is None:
+        yield
+        return
+    dist.init_process_group(
+        BACKEND[world.device.type],
+        init_method=f"tcp://{world.meeting_point}",
+        rank=world.rank,
+        world_size=world.size,
+        timeout=timedelta(seconds=timeout_s),
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def ranks_where(condition: bool | Tensor, device: torch.device | str = "cpu") -> list[int]:
+    """Which ranks say yes: the same answer on every rank. Collective, and waits for the device.
+
+    Args:
+        condition: () bool, this rank's answer; a tensor may lie on `device`.
+        device: where the group's collectives run.
+    """
+    if not dist.is_initialized():
+        return [0] if bool(condition) else []
+    answers = torch.zeros(dist.get_world_size(), dtype=torch.int32, device=device)
+    answers[dist.get_rank()] = condition
+    dist.all_reduce(answers)
+    return answers.nonzero().flatten().tolist()
+
+
+def agree_finite(loss: Tensor) -> None:
+    """Stop all ranks at the same step when any rank's loss is not finite; to be called before backward.
+
+    Fused optimizers step inside backward: afterwards it is too late to keep the tables clean. Collective, and waits for
+    the device.
+
+    Args:
+        loss: this rank's loss, any shape.
+
+    Raises:
+        DivergedError: on every rank, naming the ranks whose loss is not finite.
+    """
+    loss = loss.detach()
+    if ranks := ranks_where(~loss.isfinite().all(), loss.device):
+        raise DivergedError(
+            f"the loss must be finite on every rank, it is not on rank {', '.join(map(str, ranks))} "
+            f"(here: {loss.sum().item()}); resume from the last checkpoint with a lower learning rate or with clipping"
+        )
+
+
+def raise_together(error: Exception | None, what: str, kind: type[Exception]) -> None:
+    """Raise on every rank when one rank failed, so that none waits for it. Collective.
+
+    Args:
+        error: what went wrong on this rank, or None.
+        what: the action, as the subject of the message.
+        kind: the class to raise, one of ours; a rank whose own error is of this class raises that very error.
+    """
+    if isinstance(error, kind):
+        message = str(error)
+    else:
+        message = f"{type(error).__name__}: {error}" if error is not None else None
+    messages: list[str | None] = [message]
+    if dist.is_initialized():
+        messages = [None] * dist.get_world_size()
+        dist.all_gather_object(messages, message)
+    if isinstance(error, kind):
+        raise error
+    if failed := {rank: text for rank, text in enumerate(messages) if text is not None}:
+        rank, text = next(iter(failed.items()))
+        raise kind(f"{what} failed on rank {rank}: {text}") from error
