@@ -163,8 +163,9 @@ class NextItemModel(nn.Module):
 
     def item_vectors(self, ids: Tensor) -> Tensor:
         """Table rows of (C,) int64 ids: (C, D). Collective when the table is sharded."""
-        lengths = torch.tensor([0, len(ids)], device=ids.device)
-        features = KeyedJaggedTensor(keys=["item", "candidate"], values=ids, lengths=lengths)
+        keys = ["item", "timestamp", "candidate", *self.tables.context]  # a sharded collection knows a batch's keys only
+        lengths = torch.tensor([len(ids) if key == "candidate" else 0 for key in keys], device=ids.device)
+        features = KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths)
         return self.items(features)["candidate"].values()
 
 

@@ -57,7 +57,7 @@ def evaluate(
     was_training = model.training
     model.eval()
     try:
-        with torch.inference_mode():
+        with torch.no_grad():  # inference mode hides the keys under which FBGEMM registers its CPU lookups
             questions = _ask(model, batches, filter_seen)
 
             def catalogue() -> Iterator[Tensor]:
