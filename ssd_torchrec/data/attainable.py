@@ -21,7 +21,7 @@ from ssd_torchrec.data.schema import Scores
 from ssd_torchrec.data.synthetic import Floats, Law, Sample
 
 CUTOFFS = (10, 20, 50)
-_USERS_AT_ONCE = 1000
+_CELLS_AT_ONCE = 2**22  # of (users, items) probabilities
 
 
 class AttainableScores:
@@ -43,9 +43,10 @@ class AttainableScores:
 
 def optimal_ranks(law: Law, sample: Sample, target: Ints, *, timed: bool) -> Ints:
     """(U,) place, from 1, that the optimal ranking gives to the item at position `target` (U,) of each user."""
-    users = np.arange(len(target))
-    ranks = []
-    for chosen in np.array_split(users, max(1, len(users) // _USERS_AT_ONCE)):
+    at_once = max(1, _CELLS_AT_ONCE // law.config.num_items)
+    ranks = [np.zeros(0, np.int64)]
+    for first in range(0, len(target), at_once):
+        chosen = np.arange(first, min(first + at_once, len(target)))
         probabilities = next_item_probabilities(law, sample, chosen, target[chosen], timed=timed)
         of_target = probabilities[np.arange(len(chosen)), sample.item[chosen, target[chosen]]]
         ranks.append((probabilities >= of_target[:, None]).sum(axis=1))

@@ -64,9 +64,13 @@ class DatasetMeta:
         for key, least in {"num_users": 0, "num_events": 0, "num_items": 1, "num_oov_buckets": 1}.items():
             if getattr(self, key) < least:
                 raise DataError(f"{key} must be at least {least}, got {getattr(self, key)}; prepare the data set again")
-        taken = [name for name in (*self.context, *self.event_columns) if name in RESERVED]
+        names = [*RESERVED, *self.context, *self.event_columns]
+        taken = sorted({name for name in names if names.count(name) > 1})
         if taken:
-            raise DataError(f"columns {taken} must not be called like {list(RESERVED)}; rename them and prepare again")
+            raise DataError(
+                f"names of columns must differ from each other and from {list(RESERVED)}, got {taken} twice; "
+                "rename them and prepare the data set again"
+            )
         empty = [name for name, count in self.context.items() if count < 1]
         if empty:
             raise DataError(f"context columns {empty} must have at least 1 value; leave them out of the data set")

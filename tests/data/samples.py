@@ -1,0 +1,58 @@
+"""Small data sets to try things on."""
+
+from pathlib import Path
+
+import numpy as np
+
+from ssd_torchrec.data.parquet import UserHistories, open_dataset
+from ssd_torchrec.data.rows import Ints, Jagged, Rows, offsets_of
+from ssd_torchrec.data.schema import DatasetMeta
+from ssd_torchrec.data.vocabulary import Vocabulary
+from ssd_torchrec.data.writer import DatasetWriter
+
+NUM_ITEMS = 50
+NUM_SEGMENTS = 4
+VOCABULARY = Vocabulary(np.arange(NUM_ITEMS), num_oov_buckets=2)
+FIRST_ITEM = VOCABULARY.first_item
+
+
+def jagged(lists: list[list[int]]) -> Jagged:
+    return Jagged(np.array(sum(lists, []), np.int64), offsets_of(np.array([len(x) for x in lists], np.int64)))
+
+
+def rows_of(items: list[list[int]], timestamps: list[list[int]] | None = None) -> Rows:
+    """Rows of these items; by default an hour apart. User u of segment u % 4."""
+    item = jagged(items)
+    timestamp = jagged(timestamps or [[1000 + 3600 * t for t in range(len(row))] for row in items])
+    segments = jagged([[u % NUM_SEGMENTS] for u in range(len(items))])
+    return Rows(np.arange(len(items)), item.values, timestamp.values, item.offsets, {"segment": segments})
+
+
+def random_rows(lengths: list[int] | Ints, seed: int = 0) -> Rows:
+    """Rows of these lengths whose events all differ by (item, timestamp), so that each can be told."""
+    rng = np.random.default_rng(seed)
+    total = int(np.sum(lengths))
+    return Rows(
+        user_id=100 + np.arange(len(lengths)),
+        item=rng.integers(FIRST_ITEM, FIRST_ITEM + NUM_ITEMS, size=total),
+        timestamp=10**9 + rng.integers(1, 10**6, size=total).cumsum(),
+        offsets=offsets_of(np.array(lengths, np.int64)),
+        context={"segment": jagged([[u % NUM_SEGMENTS] for u in range(len(lengths))])},
+    )
+
+
+def write(folder: Path, rows: Rows, *, events_per_row_group: int = 40, events_per_file: int = 100) -> DatasetMeta:
+    context = {"segment": NUM_SEGMENTS}
+    limits = {"events_per_row_group": events_per_row_group, "events_per_file": events_per_file}
+    with DatasetWriter(folder, name="sample", vocabulary=VOCABULARY, context=context, **limits) as writer:
+        writer.append(rows)
+        return writer.finish()
+
+
+def dataset(folder: Path, rows: Rows, **limits: int) -> UserHistories:
+    write(folder, rows, **limits)
+    return open_dataset(folder)
+
+
+def lists(values: Ints, offsets: Ints) -> list[list[int]]:
+    return [values[first:stop].tolist() for first, stop in zip(offsets[:-1], offsets[1:], strict=True)]
