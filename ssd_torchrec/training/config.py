@@ -3,6 +3,8 @@
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
+from ssd_torchrec.data.batch_plan import BatchConfig
+from ssd_torchrec.data.split import LeaveOneOut, Split, SplitByTime
 from ssd_torchrec.distributed.shard import DenseOptimizerConfig, ShardingConfig
 from ssd_torchrec.encoders.tim4rec import PRESETS as TIM4REC_PRESETS
 from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
@@ -28,14 +30,28 @@ class DataConfig:
     tokens_per_batch: int = 4096
     """Events of one global batch, over all ranks. A longer history is a batch of its own; nothing is cut."""
 
+    window_events: int = 2**22
+    """Events held in memory at once, about; batches are formed within such a window of shuffled row groups."""
+
+    length_noise: float = 0.25
+    """Deviation of the noise on the logarithm of a history's length, by which the histories of a window are sorted."""
+
     def __post_init__(self) -> None:
-        if self.tokens_per_batch < 1:
-            raise ConfigError(f"data.tokens-per-batch must be at least 1, got {self.tokens_per_batch}")
-        if self.split == "time" and not 0 < self.valid_from_s < self.test_from_s:
-            raise ConfigError(
-                f"a split by time needs 0 < data.valid-from-s < data.test-from-s, got {self.valid_from_s} and "
-                f"{self.test_from_s}; give both in unix seconds"
-            )
+        self.batches(seed=0)
+        self.rule()
+
+    def batches(self, seed: int) -> BatchConfig:
+        """How global batches are formed, in the order that `seed` decides."""
+        return BatchConfig(
+            tokens_per_batch=self.tokens_per_batch,
+            window_events=self.window_events,
+            length_noise=self.length_noise,
+            seed=seed,
+        )
+
+    def rule(self) -> Split:
+        """Which events train, and which are asked for."""
+        return LeaveOneOut() if self.split == "leave-one-out" else SplitByTime(self.valid_from_s, self.test_from_s)
 
 
 @dataclass(frozen=True, kw_only=True)

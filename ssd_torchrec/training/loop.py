@@ -8,6 +8,7 @@ the reader are always some batches ahead.
 
 import time
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -68,7 +69,7 @@ class Observer(Protocol):
 class Steps:
     """The parts of a run that the loop drives; each callable is collective over the ranks.
 
-    # open_pipeline  ()                        a fresh pipeline over the model for one epoch
+    # pipeline       ()                        a pipeline over the model for one epoch; the model is itself again after it
     # batches        (epoch, first)            this rank's share of an epoch's global batches from number `first` on
     # set_rate       (factor)                  learning rates to this factor of their peaks
     # validate       ()                        validation figures
@@ -76,7 +77,7 @@ class Steps:
     # reduce_sum     (tensor)                  sum over ranks
     """
 
-    open_pipeline: Callable[[], Pipeline]
+    pipeline: Callable[[], AbstractContextManager[Pipeline]]
     batches: Callable[[int, int], Iterator[Batch]]
     set_rate: Callable[[float], None]
     validate: Callable[[], dict[str, float]]
@@ -126,23 +127,23 @@ class TrainingLoop:
         return position
 
     def _epoch(self, position: Position, stop: StopRequest) -> Position:
-        pipeline = self.steps.open_pipeline()
         batches = self.steps.batches(position.epoch, position.batches)
         window = _Window(self.steps.reduce_sum)
         started = time.perf_counter()
-        while True:
-            factor = self._prepare(position.step)
-            try:
-                local = pipeline.progress(batches)
-            except StopIteration:
-                break
-            position = replace(position, batches=position.batches + 1, step=position.step + 1)
-            window.add(local)
-            if position.step % self.config.log_every == 0:
-                loss_nats, targets, targets_per_s = window.close()
-                self.trained_targets += targets
-                self.observer.step(position, loss_nats, factor * self.learning_rate, targets_per_s)
-            self._maybe_save(position, stop)
+        with self.steps.pipeline() as pipeline:
+            while True:
+                factor = self._prepare(position.step)
+                try:
+                    local = pipeline.progress(batches)
+                except StopIteration:
+                    break
+                position = replace(position, batches=position.batches + 1, step=position.step + 1)
+                window.add(local)
+                if position.step % self.config.log_every == 0:
+                    loss_nats, targets, targets_per_s = window.close()
+                    self.trained_targets += targets
+                    self.observer.step(position, loss_nats, factor * self.learning_rate, targets_per_s)
+                self._maybe_save(position, stop)
         self.trained_targets += window.close()[1]
         self.train_seconds += time.perf_counter() - started
         return replace(position, epoch=position.epoch + 1, batches=0)

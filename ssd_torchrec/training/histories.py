@@ -1,0 +1,64 @@
+"""The data set of a run, cut into what trains and what is asked for."""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ssd_torchrec.data.batches import EvaluationBatches, Share, TrainingBatches
+from ssd_torchrec.data.generate import generate
+from ssd_torchrec.data.parquet import UserHistories, open_dataset
+from ssd_torchrec.data.split import Spans, Stage, spans_of
+from ssd_torchrec.data.statistics import item_counts
+from ssd_torchrec.data.synthetic import SyntheticConfig
+from ssd_torchrec.distributed.collectives import wait_for_all
+from ssd_torchrec.distributed.process import World
+from ssd_torchrec.errors import ConfigError
+from ssd_torchrec.training.config import DataConfig, EvaluationConfig, RunConfig
+
+DEFAULT_DATA = "data/generated"  # below the output folder
+
+
+@dataclass(frozen=True, eq=False)
+class Histories:
+    """A data set, cut as a run cuts it."""
+
+    histories: UserHistories
+    spans: Spans
+    counts: Tensor  # (V,) int64 training events of each item
+
+    @classmethod
+    def open(cls, config: RunConfig, world: World) -> "Histories":
+        """Open the run's data set, generating the default one first if none is named. Collective."""
+        histories = open_dataset(data_folder(config, world))
+        spans = spans_of(histories, config.data.rule())
+        if not spans.counts().training_targets:
+            raise ConfigError(
+                f"{histories.folder} has no event to train on under this split ({spans.counts()}); "
+                "take another split, or other cut points"
+            )
+        return cls(histories, spans, item_counts(histories, spans))
+
+    def training(self, config: RunConfig, world: World) -> TrainingBatches:
+        """This rank's share of the training batches."""
+        return TrainingBatches(self.histories, self.spans, config.data.batches(config.training.seed), _share(world))
+
+    def asked(self, stage: Stage, config: EvaluationConfig, world: World) -> EvaluationBatches:
+        """This rank's share of the histories that a stage asks about."""
+        batches = replace(DataConfig(), tokens_per_batch=config.tokens_per_batch).batches(seed=0)
+        return EvaluationBatches(self.histories, self.spans, stage, batches, _share(world))
+
+
+def _share(world: World) -> Share:
+    return Share(rank=world.rank, world_size=world.size)
+
+
+def data_folder(config: RunConfig, world: World) -> Path:
+    """Where the run's data set lies; the generated default is written by rank 0 while the others wait."""
+    if config.data.path:
+        return Path(config.data.path)
+    folder = Path(config.output) / DEFAULT_DATA
+    if world.rank == 0 and not (folder / "meta.json").exists():
+        generate(SyntheticConfig(), folder)
+    wait_for_all()
+    return folder
