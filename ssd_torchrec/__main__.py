@@ -1,13 +1,14 @@
 """The command line: `ssd-torchrec COMMAND` or `python -m ssd_torchrec COMMAND`.
 
-The only module that looks at the environment: torchrun's variables become a `Launch`, TorchX's job id the default run name.
+The only module that looks at the environment: torchrun's variables tell a process its place, TorchX's job id names a
+run that has no name.
 """
 
 import os
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import tyro
@@ -32,14 +33,15 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(words: list[str]) -> int:
-    from ssd_torchrec.data.synthetic import SyntheticConfig, generate
+    from ssd_torchrec.data.generate import generate
+    from ssd_torchrec.data.synthetic import SyntheticConfig
 
     @dataclass(frozen=True, kw_only=True)
     class Generate:
         folder: tyro.conf.Positional[str]
         """Where the data set goes; must not hold one yet."""
 
-        law: SyntheticConfig = SyntheticConfig()
+        law: SyntheticConfig = field(default_factory=SyntheticConfig)
         """Sizes and probabilities."""
 
     asked = tyro.cli(Generate, args=words, prog="ssd-torchrec generate", description=COMMANDS["generate"].about)
@@ -49,18 +51,22 @@ def _generate(words: list[str]) -> int:
 
 
 def _train(words: list[str]) -> int:
+    from ssd_torchrec.distributed.collectives import word_of_rank_0
+    from ssd_torchrec.distributed.process import launched, process_group
     from ssd_torchrec.training.config import presets
     from ssd_torchrec.training.run import train
 
     config = tyro.extras.overridable_config_cli(
         presets(), args=words, prog="ssd-torchrec train", description=COMMANDS["train"].about
     )
-    with _launch() as process:
-        train(replace(config, name=process.agree(config.name or _default_name())), process)
+    world = launched(os.environ)
+    with process_group(world):
+        train(replace(config, name=word_of_rank_0(config.name or _default_name())), world)
     return 0
 
 
 def _evaluate(words: list[str]) -> int:
+    from ssd_torchrec.distributed.process import launched, process_group
     from ssd_torchrec.training.config import EvaluationConfig
     from ssd_torchrec.training.run import evaluate_checkpoint
 
@@ -72,12 +78,13 @@ def _evaluate(words: list[str]) -> int:
         data: str = ""
         """Data set to rank on; empty: the one the checkpoint was trained on."""
 
-        evaluation: EvaluationConfig = EvaluationConfig()
+        evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
         """Protocol."""
 
     asked = tyro.cli(Evaluate, args=words, prog="ssd-torchrec evaluate", description=COMMANDS["evaluate"].about)
-    with _launch() as process:
-        evaluate_checkpoint(Path(asked.checkpoint), asked.data, asked.evaluation, process)
+    world = launched(os.environ)
+    with process_group(world):
+        evaluate_checkpoint(Path(asked.checkpoint), asked.data, asked.evaluation, world)
     return 0
 
 
@@ -116,13 +123,6 @@ def _overview() -> str:
 def _default_name() -> str:
     job = os.environ.get("TORCHX_JOB_ID", "").rsplit("/", 1)[-1]
     return job or time.strftime("%Y%m%d-%H%M%S")
-
-
-def _launch():
-    """This process as torchrun started it, or alone."""
-    from ssd_torchrec.distributed.process import launched
-
-    return launched(dict(os.environ))
 
 
 if __name__ == "__main__":

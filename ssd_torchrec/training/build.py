@@ -1,7 +1,5 @@
 """From a config and a data set to a model that can be trained."""
 
-from dataclasses import replace
-
 import torch
 
 from ssd_torchrec.data.schema import DatasetMeta
@@ -45,8 +43,3 @@ def _workload(config: RunConfig, meta: DatasetMeta, world: World) -> Workload:
     mean_length = max(meta.num_events / max(meta.num_users, 1), 1.0)
     rows = max(1, round(config.data.tokens_per_batch / mean_length / world.size))
     return Workload(rows_per_rank=rows, ids_per_row={"item": mean_length, "candidate": meta.num_items / rows})
-
-
-def with_gap_statistics(config: RunConfig, mean: float, std: float) -> RunConfig:
-    """The config with the training set's log1p(gap in s) frozen into its encoder."""
-    return replace(config, encoder=replace(config.encoder, log_gap_mean=mean, log_gap_std=std))

@@ -16,10 +16,10 @@ class DataConfig:
     """Which histories, cut how."""
 
     path: str = ""
-    """Folder of a data set (meta.json beside Parquet files). Empty: the generated default, made once under the output folder."""
+    """Folder of a data set. Empty: the generated default, made once under the output folder."""
 
     split: Literal["leave-one-out", "time"] = "leave-one-out"
-    """Leave-one-out: a user's last event is the test target, the one before the validation target. Time: two cut points."""
+    """leave-one-out: a user's last event is the test target, the one before it the validation target; time: two cuts."""
 
     valid_from_s: int = 0
     """Split by time: unix seconds at which training ends and validation begins."""
@@ -80,8 +80,8 @@ class TrainingConfig:
     """Newest checkpoints to keep; the best one is kept besides."""
 
     resume: str = "auto"
-    """"auto": go on from the newest checkpoint of this run if there is one; "none": refuse to touch an existing run; else a
-    checkpoint folder to start from."""
+    """auto: go on from this run's newest checkpoint if there is one; none: refuse to touch a run that is there; else a
+    checkpoint, or a run, to start from."""
 
     reset_optimizer: bool = False
     """Resume although the checkpoint was trained with another optimizer, with fresh optimizer state."""
@@ -136,9 +136,7 @@ class RunConfig:
     sharding: ShardingConfig = field(default_factory=ShardingConfig)
     """How tables are cut over the processes, and their fused optimizer."""
 
-    dense: DenseOptimizerConfig = field(
-        default_factory=lambda: DenseOptimizerConfig(learning_rate=2e-3, clip_norm=1.0)
-    )
+    dense: DenseOptimizerConfig = field(default_factory=lambda: DenseOptimizerConfig(learning_rate=2e-3, clip_norm=1.0))
     """What updates everything that is no table. Its schedule is the tables' too; its clipping is not: fused tables step
     inside backward, before a norm is known."""
 
@@ -153,7 +151,9 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         if self.also_without_time and self.encoder.time_mode == "none":
-            raise ConfigError("also-without-time compares with a time gate, got encoder.time-mode none; drop one of them")
+            raise ConfigError(
+                "also-without-time compares with a time gate, got encoder.time-mode none; drop one of them"
+            )
 
 
 def presets() -> dict[str, tuple[str, RunConfig]]:

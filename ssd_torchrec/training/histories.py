@@ -8,6 +8,7 @@ from torch import Tensor
 from ssd_torchrec.data.batches import EvaluationBatches, Share, TrainingBatches
 from ssd_torchrec.data.generate import generate
 from ssd_torchrec.data.parquet import UserHistories, open_dataset
+from ssd_torchrec.data.schema import Scores
 from ssd_torchrec.data.split import Spans, Stage, spans_of
 from ssd_torchrec.data.statistics import item_counts
 from ssd_torchrec.data.synthetic import SyntheticConfig
@@ -47,6 +48,11 @@ class Histories:
         """This rank's share of the histories that a stage asks about."""
         batches = replace(DataConfig(), tokens_per_batch=config.tokens_per_batch).batches(seed=0)
         return EvaluationBatches(self.histories, self.spans, stage, batches, _share(world))
+
+    def attainable(self, data: DataConfig, evaluation: EvaluationConfig) -> Scores | None:
+        """The best scores the data permits under this protocol, where they are known: generated data, leave-one-out."""
+        comparable = data.split == "leave-one-out" and not evaluation.filter_seen
+        return self.histories.meta.attainable if comparable else None
 
 
 def _share(world: World) -> Share:

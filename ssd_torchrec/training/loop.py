@@ -1,9 +1,9 @@
 """The training loop: steps, validations, checkpoints, and an end that all ranks agree on.
 
-What a step does depends on (seed, step, rank) and the weights alone: batches are formed from (seed, epoch), dropout is seeded
-anew each step, the learning rate is a function of the step. So a position (epoch, batches completed), the weights and the
-optimizer state are all there is to resume. Batches count when they are completed, not when they are drawn: the pipeline and
-the reader are always some batches ahead.
+What a step does depends on (seed, step, rank) and the weights alone: batches are formed from (seed, epoch), dropout is
+seeded anew each step, the learning rate is a function of the step. So a position (epoch, batches completed), the weights
+and the optimizer state are all there is to resume. Batches count when they are completed, not when they are drawn: the
+pipeline and the reader are always some batches ahead.
 """
 
 import time
@@ -69,7 +69,7 @@ class Observer(Protocol):
 class Steps:
     """The parts of a run that the loop drives; each callable is collective over the ranks.
 
-    # pipeline       ()                        a pipeline over the model for one epoch; the model is itself again after it
+    # pipeline       ()                        a pipeline over the model for one epoch; after it the model is as before
     # batches        (epoch, first)            this rank's share of an epoch's global batches from number `first` on
     # set_rate       (factor)                  learning rates to this factor of their peaks
     # validate       ()                        validation figures
@@ -111,8 +111,13 @@ class TrainingLoop:
         self.learning_rate = learning_rate
         self.total_steps = total_steps
         self.rank = rank
-        self.train_seconds = 0.0
-        self.trained_targets = 0.0
+        self._seconds = 0.0
+        self._targets = 0.0
+
+    @property
+    def targets_per_s(self) -> float:
+        """Targets trained a second, over all ranks, what lies between epochs not counted; 0 before the first."""
+        return self._targets / self._seconds if self._seconds else 0.0
 
     def run(self, position: Position) -> Position:
         """Train from `position` to the end, or to where patience ends.
@@ -141,11 +146,11 @@ class TrainingLoop:
                 window.add(local)
                 if position.step % self.config.log_every == 0:
                     loss_nats, targets, targets_per_s = window.close()
-                    self.trained_targets += targets
+                    self._targets += targets
                     self.observer.step(position, loss_nats, factor * self.learning_rate, targets_per_s)
                 self._maybe_save(position, stop)
-        self.trained_targets += window.close()[1]
-        self.train_seconds += time.perf_counter() - started
+        self._targets += window.close()[1]
+        self._seconds += time.perf_counter() - started
         return replace(position, epoch=position.epoch + 1, batches=0)
 
     def _prepare(self, step: int) -> float:

@@ -1,8 +1,8 @@
 """Ranking quality, from the rank of the wanted item.
 
-Sums, not means, so that chunks and ranks add up: a `RankingSums` is a (1 + 3·cutoffs,) fp64 vector of the number of queries and,
-for each cutoff K, the summed hit rate, discounted gain and reciprocal rank. Each query wants exactly one item, so recall@K equals
-hr@K, and the ideal gain is 1.
+Sums, not means, so that chunks and ranks add up: (1 + 3·cutoffs,) fp64 holds the number of queries and, for each cutoff
+K, the summed hit rate, discounted gain and reciprocal rank. Each query wants exactly one item, so recall@K equals hr@K,
+and the ideal gain is 1.
 """
 
 import torch

@@ -38,7 +38,9 @@ def from_json(kind: type[T], content: dict[str, Any]) -> T:
 
 
 def _restored(hint: Any, value: Any) -> Any:
-    if isinstance(hint, types.UnionType) and value is not None:
+    if value is None:
+        return None
+    if isinstance(hint, types.UnionType):
         (hint,) = (arm for arm in typing.get_args(hint) if arm is not type(None))
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
         return from_json(hint, value)
@@ -53,7 +55,9 @@ def claim(folder: Path, config: Any, *, resume: bool) -> None:
     """
     noted = folder / "config.json"
     if noted.exists() and not resume:
-        raise ConfigError(f"{folder} holds a run already; give another --name, or --training.resume auto to go on with it")
+        raise ConfigError(
+            f"{folder} holds a run already; give another --name, or --training.resume auto to go on with it"
+        )
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_json(noted, as_json(config))
