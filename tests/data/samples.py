@@ -1,8 +1,10 @@
 """Small data sets to try things on."""
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
+from hypothesis import settings
 
 from ssd_torchrec.data.parquet import UserHistories, open_dataset
 from ssd_torchrec.data.rows import Ints, Jagged, Rows, offsets_of
@@ -10,6 +12,7 @@ from ssd_torchrec.data.schema import DatasetMeta
 from ssd_torchrec.data.vocabulary import Vocabulary
 from ssd_torchrec.data.writer import DatasetWriter
 
+FEW = settings(derandomize=True, max_examples=30, deadline=None)
 NUM_ITEMS = 50
 NUM_SEGMENTS = 4
 VOCABULARY = Vocabulary(np.arange(NUM_ITEMS), num_oov_buckets=2)
@@ -17,7 +20,9 @@ FIRST_ITEM = VOCABULARY.first_item
 
 
 def jagged(lists: list[list[int]]) -> Jagged:
-    return Jagged(np.array(sum(lists, []), np.int64), offsets_of(np.array([len(x) for x in lists], np.int64)))
+    return Jagged(
+        np.array([value for row in lists for value in row], np.int64), offsets_of(np.array([*map(len, lists)]))
+    )
 
 
 def rows_of(items: list[list[int]], timestamps: list[list[int]] | None = None) -> Rows:
@@ -55,4 +60,4 @@ def dataset(folder: Path, rows: Rows, **limits: int) -> UserHistories:
 
 
 def lists(values: Ints, offsets: Ints) -> list[list[int]]:
-    return [values[first:stop].tolist() for first, stop in zip(offsets[:-1], offsets[1:], strict=True)]
+    return [values[first:stop].tolist() for first, stop in pairwise(offsets)]

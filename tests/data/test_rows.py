@@ -1,15 +1,16 @@
+from itertools import pairwise
+
 import numpy as np
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_torchrec.data.rows import Rows, cut_under_budget, offsets_of, ranges
-from tests.data.samples import lists, random_rows, rows_of
+from tests.data.samples import FEW, lists, random_rows, rows_of
 
 LENGTHS = st.lists(st.integers(0, 9), max_size=12)
-settings.register_profile("data", derandomize=True, max_examples=30, deadline=None)
-settings.load_profile("data")
 
 
+@FEW
 @given(LENGTHS)
 def test_ranges_are_the_ranges_end_to_end(lengths):
     starts = np.arange(len(lengths)) * 7
@@ -17,20 +18,22 @@ def test_ranges_are_the_ranges_end_to_end(lengths):
     assert ranges(starts, np.array(lengths, np.int64)).tolist() == expected
 
 
+@FEW
 @given(LENGTHS, st.integers(1, 20))
 def test_groups_keep_the_budget_unless_one_row_alone_breaks_it(lengths, budget):
     cuts = cut_under_budget(np.array(lengths, np.int64), budget).tolist()
     assert cuts[0] == 0
     assert cuts[-1] == len(lengths)
-    for first, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, stop in pairwise(cuts):
         assert stop > first
         assert sum(lengths[first:stop]) <= budget or stop == first + 1
 
 
+@FEW
 @given(LENGTHS, st.integers(1, 20))
 def test_no_group_could_take_the_row_after_it(lengths, budget):
     cuts = cut_under_budget(np.array(lengths, np.int64), budget).tolist()
-    for first, stop in zip(cuts[:-1], cuts[1:], strict=True):
+    for first, stop in pairwise(cuts):
         assert stop == len(lengths) or sum(lengths[first : stop + 1]) > budget
 
 

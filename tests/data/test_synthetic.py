@@ -43,6 +43,10 @@ def test_each_class_and_regime_wants_a_group_of_its_own(law):
     assert sorted(law.interest.flatten()) == list(range(SMALL.num_groups))
 
 
+def test_another_seed_is_another_law(law):
+    assert (Law.draw(replace(SMALL, seed=4)).interest != law.interest).any()
+
+
 def test_every_segment_has_all_items_in_an_order_of_its_own(law):
     assert (np.sort(law.favourites, axis=1) == np.arange(SMALL.num_items)).all()
     assert (law.favourites[0] != law.favourites[1]).any()
@@ -77,11 +81,11 @@ def test_most_items_come_from_what_the_last_event_wants(law, sample):
 
 
 def test_users_are_drawn_in_blocks_that_do_not_repeat(monkeypatch, law):
-    monkeypatch.setattr("ssd_torchrec.data.synthetic._USERS_AT_ONCE", 200)
+    monkeypatch.setattr("ssd_torchrec.data.synthetic._USERS_AT_ONCE", 150)
     blocks = list(sample_users(law))
-    assert [len(block.lengths) for block in blocks] == [200, 100]
-    assert [block.first_user for block in blocks] == [0, 200]
-    assert (blocks[0].item[:100, :10] != blocks[1].item[:, :10]).any()
+    assert [len(block.lengths) for block in blocks] == [150, 150]
+    assert [block.first_user for block in blocks] == [0, 150]
+    assert (blocks[0].item[:, :10] != blocks[1].item[:, :10]).any()
 
 
 def test_a_folder_with_something_else_is_left_alone(tmp_path):

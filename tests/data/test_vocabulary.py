@@ -1,11 +1,12 @@
 import numpy as np
 import pyarrow as pa
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from ssd_torchrec.data.vocabulary import VOCABULARY_FILE, Vocabulary, stable_hash
 from ssd_torchrec.errors import ConfigError, DataError
+from tests.data.samples import FEW
 
 IDS = {"numbers": [7, -3, 2**62, 0], "words": ["b", "", "straße", "a" * 300]}
 UNKNOWN = {"numbers": [8, -(2**63), 1], "words": ["c", "ß", "aa"]}
@@ -37,7 +38,7 @@ def test_unknown_ids_spread_over_the_buckets():
 
 
 def test_the_hash_never_changes():
-    """Rows of trained tables hang on these numbers, computed by big integers outside. The first begins splitmix64(0)."""
+    """Rows of trained tables hang on these numbers, computed by big integers outside; the first begins splitmix64."""
     numbers = pa.array([0, 1, -1])
     assert stable_hash(numbers).tolist() == [16294208416658607535, 10451216379200822465, 16490336266968443936]
     words = pa.array(["", "a", "straße"], pa.large_string())
@@ -49,7 +50,7 @@ def test_a_word_hashes_alike_wherever_it_stands():
     assert stable_hash(words)[1] == stable_hash(words)[3] == stable_hash(words[3:])[0]
 
 
-@settings(derandomize=True, max_examples=50, deadline=None)
+@FEW
 @given(st.lists(st.text(max_size=6), min_size=1, unique=True), st.lists(st.text(max_size=6)))
 def test_words_are_found_exactly_when_they_are_there(ids, asked):
     rows = Vocabulary(ids, num_oov_buckets=2).rows_of(asked)

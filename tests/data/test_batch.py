@@ -1,0 +1,76 @@
+import numpy as np
+import pytest
+import torch
+
+from ssd_torchrec.data.batch import collate
+from ssd_torchrec.data.schema import DatasetMeta
+from tests.data.samples import FIRST_ITEM, NUM_ITEMS, rows_of
+
+META = DatasetMeta(
+    name="sample",
+    num_users=1,
+    num_events=1,
+    num_items=NUM_ITEMS,
+    num_oov_buckets=FIRST_ITEM - 1,
+    item_vocabulary_hash="",
+    context={"segment": 4},
+    fingerprint="",
+)
+
+
+def batch_of(items, target_item, **options):
+    return collate(rows_of(items), np.array(target_item, np.int64), META, global_targets=9, **options)
+
+
+def test_a_batch_holds_histories_candidates_and_bags_of_equally_many_rows():
+    batch = batch_of([[7, 3, 3], [9, 4]], [3, 3, 8, 4, -1])
+    assert batch.features.keys() == ["item", "timestamp", "candidate", "segment"]
+    assert batch.features["item"].values().tolist() == [7, 3, 3, 9, 4]
+    assert batch.features["item"].lengths().tolist() == batch.features["timestamp"].lengths().tolist() == [3, 2]
+    assert batch.features["timestamp"].values().tolist() == [1000, 4600, 8200, 1000, 4600]
+    assert batch.features["candidate"].lengths().tolist() == [NUM_ITEMS, 0]
+    assert batch.features["candidate"].values().tolist() == list(range(FIRST_ITEM, FIRST_ITEM + NUM_ITEMS))
+    assert batch.features["segment"].values().tolist() == [0, 1]
+    assert batch.layout.offsets.tolist() == [0, 3, 5]
+    assert batch.global_targets == 9
+
+
+def test_targets_are_places_among_the_candidates():
+    batch = batch_of([[7, 3, 3]], [3, 52, -1])
+    assert batch.target.tolist() == [0, 49, -1]
+    candidates = batch.features["candidate"].values()
+    assert candidates[batch.target[:2]].tolist() == [3, 52]
+
+
+def test_out_of_vocabulary_rows_are_inputs_but_not_asked_for():
+    batch = batch_of([[1, 7, 2]], [7, 2, 1])
+    assert batch.features["item"].values().tolist() == [1, 7, 2]
+    assert batch.target.tolist() == [4, -1, -1]
+
+
+def test_candidates_can_be_left_out_without_moving_targets():
+    batch = batch_of([[7, 3]], [3, 8], with_candidates=False)
+    assert batch.features["candidate"].lengths().tolist() == [0]
+    assert batch.target.tolist() == [0, 5]
+
+
+@pytest.mark.parametrize("items", [[], [[]], [[], []]], ids=["no-rows", "an-empty-row", "empty-rows"])
+def test_a_batch_without_events_has_a_row_all_the_same(items):
+    batch = batch_of(items, [])
+    assert batch.layout.num_rows == max(len(items), 1)
+    assert batch.layout.num_events == len(batch.target) == 0
+    assert batch.features["candidate"].values().tolist() == list(range(FIRST_ITEM, FIRST_ITEM + NUM_ITEMS))
+    assert batch.features["segment"].lengths().tolist() == ([1] * len(items) or [0])
+
+
+def test_timestamps_keep_every_second():
+    second = 2**53 + 1
+    rows = rows_of([[7]], [[second]])
+    batch = collate(rows, np.array([-1]), META, global_targets=1)
+    assert batch.features["timestamp"].values().tolist() == [second]
+
+
+def test_moving_a_batch_moves_all_of_it():
+    batch = batch_of([[7, 3]], [3, 8]).to(torch.device("meta"))
+    assert batch.features.values().device.type == batch.target.device.type == batch.layout.offsets.device.type == "meta"
+    assert batch.global_targets == 9
