@@ -127,11 +127,13 @@ def test_only_torchx_may_be_missing_of_the_packages():
 
 
 def test_a_build_is_what_holds_files_so_that_the_shim_is_none(tmp_path, monkeypatch):
-    for name, files in {"fbgemm-gpu-real": "fbgemm_gpu/__init__.py,,\n", "fbgemm-gpu-shim": ""}.items():
+    for name, files in {"fbgemm-gpu-real": "fbgemm_gpu/part.py,,\n", "fbgemm-gpu-shim": ""}.items():
         info = tmp_path / f"{name.replace('-', '_')}-1.dist-info"
         info.mkdir()
         (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1\n")
         (info / "RECORD").write_text(f"{files}{info.name}/METADATA,,\n")
+    (tmp_path / "fbgemm_gpu").mkdir()
+    (tmp_path / "fbgemm_gpu" / "part.py").touch()
     before = set(doctor.fbgemm_builds())
     monkeypatch.syspath_prepend(str(tmp_path))
     assert set(doctor.fbgemm_builds()) - before == {"fbgemm-gpu-real"}
