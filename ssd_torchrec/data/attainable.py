@@ -61,15 +61,12 @@ def next_item_probabilities(law: Law, sample: Sample, users: Ints, target: Ints,
         target: (U,) positions, each at least 1 and below the user's length.
         timed: whether the gaps are known.
     """
-    item = sample.item[users]
-    last = (item, target - 1, _beliefs(law, sample, users, target, back=1, timed=timed))
     probabilities = _favourites(law, sample, users) * _weight_segment(law, target)[:, None]
-    _add_wanted(law, probabilities, *last, law.config.weight_last)
-    further = np.flatnonzero(target >= 2)
-    beliefs = _beliefs(law, sample, users[further], target[further], back=2, timed=timed)
-    wanted = np.zeros((len(further), law.config.num_items))
-    _add_wanted(law, wanted, item[further], target[further] - 2, beliefs, law.config.weight_previous)
-    probabilities[further] += wanted
+    for back, weight in ((1, law.config.weight_last), (2, law.config.weight_previous)):
+        rows = np.flatnonzero(target >= back)  # a second event has no event before its last
+        wanting = sample.item[users[rows], target[rows] - back]
+        beliefs = _beliefs(law, sample, users[rows], target[rows], back=back, timed=timed)
+        _add_wanted(law, probabilities, rows, wanting, weight * beliefs)
     return probabilities
 
 
@@ -106,12 +103,11 @@ def _likelihood(law: Law, wanting: Ints, item: Ints) -> Floats:
     return np.where(groups == (item // size)[:, None], law.in_group[item % size][:, None], 0.0)
 
 
-def _add_wanted(law: Law, probabilities: Floats, item: Ints, position: Ints, beliefs: Floats, weight: float) -> None:
-    """Add what the event at `position` wants, regime by regime, to (U, V) probabilities."""
-    users = np.arange(len(item))
-    groups = law.interest[law.class_of_item[item[users, position]]]  # (U, R), all different
-    by_group = probabilities.reshape(len(item), law.config.num_groups, law.config.group_size)
-    by_group[users[:, None], groups] += weight * beliefs[:, :, None] * law.in_group
+def _add_wanted(law: Law, probabilities: Floats, rows: Ints, wanting: Ints, weights: Floats) -> None:
+    """Add to some rows of (U, V) probabilities what an event of item `wanting` wants in each regime, times (n, R)."""
+    groups = law.interest[law.class_of_item[wanting]]  # (n, R), all different
+    by_group = probabilities.reshape(-1, law.config.num_groups, law.config.group_size)
+    by_group[rows[:, None], groups] += weights[:, :, None] * law.in_group
 
 
 def _favourites(law: Law, sample: Sample, users: Ints) -> Floats:

@@ -73,20 +73,24 @@ def check_rows(rows: Rows, meta: DatasetMeta, place: Place) -> None:
     Raises:
         DataError: an id outside the table or a bag's range, a mask, a negative or falling timestamp.
     """
-    items = Jagged(rows.item, rows.offsets)
-    allowed = f"be table rows 1..{meta.num_table_rows - 1} (row 0 is the mask)"
-    mend = "map raw ids with the data set's Vocabulary, which gives unknown ones an out-of-vocabulary row"
-    _refuse_outside(items, 1, meta.num_table_rows, "item", allowed, mend, rows, place)
+    table_rows = _Range(
+        1,
+        meta.num_table_rows,
+        f"item must be table rows 1..{meta.num_table_rows - 1} (row 0 is the mask)",
+        "map raw ids with the data set's Vocabulary, which gives unknown ones an out-of-vocabulary row",
+    )
+    table_rows.check(Jagged(rows.item, rows.offsets), rows, place)
     _check_timestamps(rows, place)
     for name, count in meta.context.items():
-        allowed = f"be ids 0..{count - 1} as meta.json says"
+        holds = f"{name} must be ids 0..{count - 1} as meta.json says"
         mend = f"correct the ids, or the count of {name} in meta.json, and {_PREPARE_AGAIN}"
-        _refuse_outside(rows.context[name], 0, count, name, allowed, mend, rows, place)
+        _Range(0, count, holds, mend).check(rows.context[name], rows, place)
 
 
 def _check_timestamps(rows: Rows, place: Place) -> None:
     timestamps = Jagged(rows.timestamp, rows.offsets)
-    _refuse_outside(timestamps, 0, None, "timestamp", "be unix seconds, 0 or later", "correct the log", rows, place)
+    seconds = _Range(0, 2**63 - 1, "timestamp must be unix seconds, 0 or later", "correct the log")
+    seconds.check(timestamps, rows, place)
     falls = np.diff(rows.timestamp) < 0
     starts = rows.offsets[1:-1]
     inner = starts[(starts > 0) & (starts < rows.num_events)]
@@ -99,19 +103,21 @@ def _check_timestamps(rows: Rows, place: Place) -> None:
         )
 
 
-def _refuse_outside(
-    column: Jagged, least: int, stop: int | None, name: str, allowed: str, mend: str, rows: Rows, place: Place
-) -> None:
-    if not len(column.values):
-        return
-    if column.values.min() >= least and (stop is None or column.values.max() < stop):
-        return
-    outside = column.values < least
-    if stop is not None:
-        outside |= column.values >= stop
-    event = int(np.argmax(outside))
-    user = _user(event, column, rows, place)
-    raise DataError(f"{user}: {name} must {allowed}, got {column.values[event]}; {mend}")
+@dataclass(frozen=True)
+class _Range:
+    """What every value of a column must be."""
+
+    least: int
+    stop: int
+    holds: str
+    mend: str
+
+    def check(self, column: Jagged, rows: Rows, place: Place) -> None:
+        outside = (column.values < self.least) | (column.values >= self.stop)
+        if outside.any():
+            event = int(np.argmax(outside))
+            user = _user(event, column, rows, place)
+            raise DataError(f"{user}: {self.holds}, got {column.values[event]}; {self.mend}")
 
 
 def _user(event: int, column: Jagged, rows: Rows, place: Place) -> str:
