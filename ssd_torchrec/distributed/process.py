@@ -8,13 +8,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal
+from typing import Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from ssd_torchrec.errors import ConfigError, DivergedError
+from ssd_torchrec.errors import ConfigError, DivergedError, SSDTorchRecError
+
+T = TypeVar("T")
 
 BACKEND = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
@@ -140,24 +142,34 @@ def agree_finite(loss: Tensor) -> None:
         )
 
 
-def raise_together(error: Exception | None, what: str, kind: type[Exception]) -> None:
-    """Raise on every rank when one rank failed, so that none waits for it. Collective.
+def from_all_ranks(value: T) -> list[T]:
+    """What every rank passed, in order of rank, on every rank; `value` must pickle. Collective."""
+    if not dist.is_initialized():
+        return [value]
+    values: list[T] = [value] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+@contextmanager
+def all_or_none(what: str, kind: type[SSDTorchRecError]) -> Iterator[None]:
+    """If the block fails on one rank, raise on every rank, so that none waits for it. Collective at its end.
+
+    The block must not hold collectives. A rank whose own error is of class `kind` raises that error.
 
     Args:
-        error: what went wrong on this rank, or None.
         what: the action, as the subject of the message.
-        kind: the class to raise, one of ours; a rank whose own error is of this class raises that very error.
+        kind: what the other ranks raise.
     """
-    if isinstance(error, kind):
-        message = str(error)
-    else:
-        message = f"{type(error).__name__}: {error}" if error is not None else None
-    messages: list[str | None] = [message]
-    if dist.is_initialized():
-        messages = [None] * dist.get_world_size()
-        dist.all_gather_object(messages, message)
+    error: Exception | None = None
+    try:
+        yield
+    except Exception as caught:
+        error = caught
+    told = str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
+    messages = from_all_ranks(told if error is not None else None)
     if isinstance(error, kind):
         raise error
-    if failed := {rank: text for rank, text in enumerate(messages) if text is not None}:
-        rank, text = next(iter(failed.items()))
-        raise kind(f"{what} failed on rank {rank}: {text}") from error
+    failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]
+    if failed:
+        raise kind(f"{what} failed on rank {failed[0][0]}: {failed[0][1]}") from error

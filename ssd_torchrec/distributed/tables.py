@@ -51,6 +51,11 @@ def global_shape(value: Tensor | ShardedTensor) -> tuple[int, ...]:
     return tuple(value.metadata().size if isinstance(value, ShardedTensor) else value.shape)
 
 
+def dtype_of(value: Tensor | ShardedTensor) -> torch.dtype:
+    """Asking a ShardedTensor itself would warn."""
+    return value.metadata().tensor_properties.dtype if isinstance(value, ShardedTensor) else value.dtype
+
+
 @contextmanager
 def first_values_left_to_us(tables: Mapping[str, TableConfig]) -> Iterator[None]:
     """Keep TorchRec from filling the shards that `init_table` fills next: it would draw from each rank's own state."""

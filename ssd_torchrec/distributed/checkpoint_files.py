@@ -1,0 +1,215 @@
+"""The files of one checkpoint: tensors by torch.distributed.checkpoint, and checkpoint.json that vouches for them.
+
+    step-00001200/
+      __0_0.distcp ...   tensors, a file or more a rank
+      .metadata          which part of which tensor lies where
+      checkpoint.json    what the checkpoint is of, size and SHA-256 of every other file, and a sum over itself
+
+Trust: .metadata is a pickle, and a sum does not make a stranger's file safe. It is read by an unpickler that knows the
+few classes of such metadata and calls nothing else; tensors are read as weights only; entries that PyTorch would
+unpickle freely ("bytes") are refused. The sums are there for damage, not against forgery.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Iterable, Mapping
+from pathlib import Path, PurePath
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from ssd_torchrec.distributed.state import Value
+from ssd_torchrec.distributed.tables import global_shape
+from ssd_torchrec.errors import CheckpointError
+
+INFO_FILE = "checkpoint.json"
+METADATA_FILE = ".metadata"
+
+_METADATA_CLASSES = {
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.serialization": {"_get_layout"},
+    "torch": {"Size"},
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    """Knows what torch.distributed.checkpoint writes about tensors, and refuses every other name."""
+
+    def find_class(self, module_name: str, global_name: str) -> Any:
+        if global_name in _METADATA_CLASSES.get(module_name, ()):
+            return super().find_class(module_name, global_name)
+        if module_name == "torch" and isinstance(dtype := getattr(torch, global_name, None), torch.dtype):
+            return dtype
+        if module_name.partition(".")[0] == "pathlib" and global_name.endswith("Path"):
+            return PurePath  # where it was written; not used
+        raise CheckpointError(
+            f"{METADATA_FILE} must describe tensors only, got a reference to {module_name}.{global_name}; "
+            "do not load this checkpoint"
+        )
+
+
+class _Reader(FileSystemReader):
+    """Reads metadata through the restricted unpickler, and tensors only from files that the checkpoint lists."""
+
+    def __init__(self, path: Path, files: Iterable[str]) -> None:
+        super().__init__(path)
+        self._files = set(files)
+
+    def read_metadata(self, *_: Any, **__: Any) -> Metadata:
+        metadata = read_metadata(Path(self.path), self._files)
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata
+
+
+def read_metadata(path: Path, files: Iterable[str]) -> Metadata:
+    """What tensors a checkpoint holds.
+
+    Raises:
+        CheckpointError: it refers to anything but tensors in `files`.
+    """
+    with (path / METADATA_FILE).open("rb") as file:
+        try:
+            metadata = _MetadataUnpickler(file).load()
+        except CheckpointError:
+            raise
+        except Exception as error:
+            raise CheckpointError(
+                f"{path / METADATA_FILE} must be readable, got {error}; take another checkpoint"
+            ) from error
+    entries = metadata.state_dict_metadata
+    if freely := [name for name, entry in entries.items() if not isinstance(entry, TensorStorageMetadata)]:
+        raise CheckpointError(f"{path} must hold tensors only, got {freely[0]}; do not load this checkpoint")
+    if strays := {info.relative_path for info in metadata.storage_data.values()} - set(files):
+        raise CheckpointError(f"{path} must hold its tensors itself, got {strays.pop()}; do not load this checkpoint")
+    return metadata
+
+
+def write_tensors(path: Path, values: Mapping[str, Value]) -> None:
+    """Write whole or sharded tensors into an existing folder, each rank its part. Collective; raises on every rank.
+
+    Raises:
+        CheckpointError: a rank could not write.
+    """
+    try:
+        save(dict(values), storage_writer=FileSystemWriter(path), no_dist=not dist.is_initialized())
+    except CheckpointException as error:
+        raise CheckpointError(_first_failure(error)) from error
+
+
+def read_tensors(path: Path, values: Mapping[str, Value], files: Iterable[str]) -> None:
+    """Fill live tensors with what a checkpoint holds under their names. Collective; raises on every rank.
+
+    Args:
+        files: the only files to read from.
+
+    Raises:
+        CheckpointError: the files do not hold what they say.
+    """
+    try:
+        load(
+            dict(values),
+            storage_reader=_Reader(path, files),
+            planner=DefaultLoadPlanner(allow_partial_load=False),
+            no_dist=not dist.is_initialized(),
+        )
+    except CheckpointException as error:
+        raise CheckpointError(f"{path} could not be read: {_first_failure(error)}") from error
+
+
+def check_tensors(path: Path, values: Mapping[str, Value], files: Iterable[str]) -> None:
+    """Refuse a checkpoint that does not hold what is to be filled from it.
+
+    Raises:
+        CheckpointError: a name is not there or has another shape.
+    """
+    metadata = read_metadata(path, files)
+    for name, value in values.items():
+        entry = metadata.state_dict_metadata.get(name)
+        if entry is None:
+            raise CheckpointError(f"{path} must hold {name}, it does not; take a checkpoint of the same optimizer")
+        assert isinstance(entry, TensorStorageMetadata)  # read_metadata refuses the rest
+        if tuple(entry.size) != global_shape(value):
+            raise CheckpointError(
+                f"{path} must hold {name} as {global_shape(value)}, got {tuple(entry.size)}; "
+                "take a checkpoint of the same model"
+            )
+
+
+def _first_failure(error: CheckpointException) -> str:
+    rank, (failure, _) = next(iter(error.failures.items()))
+    return f"on rank {rank}: {type(failure).__name__}: {failure}"
+
+
+def digest(path: Path) -> dict[str, Any]:
+    """Size in bytes and SHA-256 of a file."""
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def files_of(path: Path) -> list[str]:
+    """Names of a checkpoint's files but checkpoint.json, in order."""
+    return sorted(entry.name for entry in path.iterdir() if entry.name != INFO_FILE)
+
+
+def check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
+    """Refuse a file that is missing, cut short or edited.
+
+    Raises:
+        CheckpointError: naming the file.
+    """
+    file = path / name
+    if not file.is_file():
+        raise CheckpointError(f"{path} must hold {name}, which is gone; take another checkpoint")
+    if (size := file.stat().st_size) != expected["bytes"]:
+        raise CheckpointError(
+            f"{file} must have {expected['bytes']} bytes, got {size}: it was cut short or edited; "
+            "take another checkpoint"
+        )
+    if digest(file) != expected:
+        raise CheckpointError(f"{file} is not what was saved: its SHA-256 differs; take another checkpoint")
+
+
+def write_json_with_sum(path: Path, content: Mapping[str, Any]) -> None:
+    """Write checkpoint.json and see it on disk."""
+    with path.open("w") as file:
+        json.dump({**content, "sum": _sum(content)}, file, indent=2)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_json_with_sum(path: Path) -> dict[str, Any]:
+    """Read checkpoint.json.
+
+    Raises:
+        CheckpointError: it is missing, cut short or edited.
+    """
+    try:
+        content = json.loads(path.read_text())
+        written = content.pop("sum")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{path} must be a checkpoint's, got {type(error).__name__}: {error}") from error
+    if written != _sum(content):
+        raise CheckpointError(f"{path} is not what was saved: it was edited; take another checkpoint")
+    return content
+
+
+def _sum(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
