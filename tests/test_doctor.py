@@ -80,6 +80,7 @@ def test_a_gpu_must_be_one_that_torch_can_use(machine, ok):
     ("arch", "built_for", "ok"),
     [
         ((8, 9), ["sm_86"], True),
+        ((8, 0), ["sm_86"], False),
         ((9, 0), ["sm_86"], False),
         ((9, 0), ["sm_90a"], True),
         ((12, 0), ["sm_100", "sm_120"], True),

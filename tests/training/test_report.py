@@ -119,6 +119,7 @@ def test_the_report_holds_curves_figures_config_and_versions_and_loads_nothing(t
     page = Page(write_report(tmp_path).read_text())
     assert page.tags.count("svg") == 2
     assert page.loads == []
+    assert "law" not in page.tags
     for expected in (
         "generated <law>",
         "12,346",
