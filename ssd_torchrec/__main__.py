@@ -39,7 +39,7 @@ def _generate(words: list[str]) -> int:
     @dataclass(frozen=True, kw_only=True)
     class Generate:
         folder: tyro.conf.Positional[str]
-        """Where the data set goes; must not hold one yet."""
+        """Where the data set goes; one that is there is replaced."""
 
         law: SyntheticConfig = field(default_factory=SyntheticConfig)
         """Sizes and probabilities."""

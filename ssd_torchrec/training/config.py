@@ -19,7 +19,7 @@ class DataConfig:
     """Folder of a data set. Empty: the generated default, made once under the output folder."""
 
     split: Literal["leave-one-out", "time"] = "leave-one-out"
-    """leave-one-out: a user's last event is the test target, the one before it the validation target; time: two cuts."""
+    """leave-one-out: a user's last event is the test target, the one before the validation target; time: two cuts."""
 
     valid_from_s: int = 0
     """Split by time: unix seconds at which training ends and validation begins."""

@@ -1,8 +1,8 @@
 """The training loop: steps, validations, checkpoints, and an end that all ranks agree on.
 
 What a step does depends on (seed, step, rank) and the weights alone: batches are formed from (seed, epoch), dropout is
-seeded anew each step, the learning rate is a function of the step. So a position (epoch, batches completed), the weights
-and the optimizer state are all there is to resume. Batches count when they are completed, not when they are drawn: the
+seeded anew each step, the learning rate is a function of the step. So a position (epoch, batches completed), weights
+and optimizer state are all there is to resume. Batches count when they are completed, not when they are drawn: the
 pipeline and the reader are always some batches ahead.
 """
 

@@ -210,7 +210,7 @@ def checkpoint_at(path: Path) -> Path:
         if (folder / INFO_FILE).is_file():
             return folder
     raise CheckpointError(
-        f"{path} is neither a checkpoint nor a run with one; give runs/NAME, or a folder in its checkpoints/"
+        f"{path} must be a checkpoint or a run that has one; give runs/NAME or a folder in its checkpoints/"
     )
 
 

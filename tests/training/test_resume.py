@@ -1,0 +1,103 @@
+"""A run that was stopped and one that was killed, each resumed, end in the figures of the run that was neither.
+
+One run of the command line is compared with another, from outside: the second is sent SIGTERM, resumed, killed with SIGKILL
+at a random step, and resumed again. Its checkpoint is then evaluated by one process, whoever trained it.
+"""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from ssd_torchrec.data.generate import generate
+from ssd_torchrec.data.synthetic import SyntheticConfig
+
+STEPS_AN_EPOCH = 5
+EPOCHS = 3
+OPTIONS = ["--encoder.width", "16", "--encoder.head-width", "8", "--encoder.state", "8", "--data.tokens-per-batch", "1024"]
+OPTIONS += ["--training.epochs", str(EPOCHS), "--training.checkpoint-every", "2", "--training.log-every", "1"]
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "generated"
+    generate(SyntheticConfig(num_users=200), folder)
+    return folder
+
+
+def start(processes: int, data: Path, output: Path, name: str) -> subprocess.Popen[str]:
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ssd_torchrec", "train", "tim4rec"]
+    command += ["--data.path", str(data), "--output", str(output), "--name", name, *OPTIONS]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    printed, _ = process.communicate(timeout=240)
+    assert process.returncode == 0, printed[-3000:]
+    return printed
+
+
+def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and process.poll() is None:
+        log = folder / "metrics.jsonl"
+        if log.exists() and f'"step": {step},' in log.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"no step {step}; exit status {process.poll()}")
+
+
+def kill(process: subprocess.Popen[str]) -> None:
+    """SIGKILL for the launcher and for its workers, which it puts into sessions of their own."""
+    workers = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    for pid in (process.pid, *map(int, workers)):
+        os.kill(pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+
+
+def result(folder: Path) -> dict:
+    return json.loads((folder / "result.json").read_text())
+
+
+def logged(folder: Path) -> list[dict]:
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{key: value for key, value in line.items() if key != "events_per_s"} for line in lines]
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_stopped_and_killed_run_ends_as_one_that_was_not(processes, data, tmp_path):
+    unharmed, harmed = tmp_path / "unharmed", tmp_path / "harmed"
+    finish(start(processes, data, tmp_path, "unharmed"))
+
+    stopped = start(processes, data, tmp_path, "harmed")
+    wait_for_step(harmed, 1, stopped)
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=120)
+    saved = sorted(path.name for path in (harmed / "checkpoints").glob("step-*"))
+    assert saved, "SIGTERM must leave a checkpoint"
+    assert not (harmed / "result.json").exists()
+
+    killed = start(processes, data, tmp_path, "harmed")
+    wait_for_step(harmed, random.randint(STEPS_AN_EPOCH + 1, EPOCHS * STEPS_AN_EPOCH - 3), killed)
+    kill(killed)
+    assert not (harmed / "result.json").exists()
+
+    assert "going on from" in finish(start(processes, data, tmp_path, "harmed"))
+    for figures in ("valid", "test", "best_epoch", "most_popular"):
+        assert result(harmed)[figures] == result(unharmed)[figures]
+    assert logged(harmed) == logged(unharmed)
+
+    alone = subprocess.run(
+        [sys.executable, "-m", "ssd_torchrec", "evaluate", str(harmed)], capture_output=True, text=True, timeout=120
+    )
+    assert alone.returncode == 0, alone.stderr[-3000:]
+    for metric in ("hr@10", "ndcg@20", "mrr@50"):
+        assert f"{result(harmed)['test'][metric]:.4f}" in alone.stdout
