@@ -18,30 +18,31 @@ from ssd_torchrec.ops.checks import check_shape
 from ssd_torchrec.ops.precision import as_given, sum_dtype
 from ssd_torchrec.ops.registry import refuse_double_backward
 
-TILE = (256, 1024)
-"""Queries and candidates whose logits are held at a time."""
+TILE = {"cpu": (512, 1024), "cuda": (4096, 8192)}
+"""Queries and candidates whose logits are held at a time: what a core's cache holds, and what fills a GPU."""
 
 
 def item_softmax_definition(
     queries: Tensor, candidates: Tensor, target: Tensor, *, log_q: Tensor | None = None
 ) -> Tensor:
     """The definition, all logits at once: any device, differentiable; in fp64 the truth."""
+    queries = queries.masked_fill((target == -1)[:, None], 0)  # one that is not asked may be anything, even NaN
     logits = (queries @ candidates.T).to(sum_dtype(queries))
     logits = logits if log_q is None else logits - log_q
-    asked = target >= 0
     chosen = logits.gather(1, target.clamp(min=0)[:, None])[:, 0] if len(candidates) else logits.sum(1)
-    return torch.where(asked, logits.logsumexp(1) - chosen, 0)
+    return torch.where(target == -1, 0, logits.logsumexp(1) - chosen)
 
 
-def _tiles(queries: int, candidates: int) -> Iterator[tuple[slice, slice]]:
-    for i in range(0, queries, TILE[0]):
-        for k in range(0, candidates, TILE[1]):
-            yield slice(i, i + TILE[0]), slice(k, k + TILE[1])
+def _tiles(queries: Tensor, candidates: Tensor) -> Iterator[tuple[slice, slice]]:
+    rows, columns = TILE["cuda" if queries.is_cuda else "cpu"]
+    for i in range(0, len(queries), rows):
+        for k in range(0, len(candidates), columns):
+            yield slice(i, i + rows), slice(k, k + columns)
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, summed in fp32 or better: fp32 holds the product of two bf16 exactly."""
-    if left.is_cuda and left.dtype not in (torch.float32, torch.float64):
+    """left @ right, summed in fp32 or better; fp32 holds the product of two bf16 numbers exactly."""
+    if left.is_cuda and left.dtype == torch.bfloat16:
         return torch.mm(left, right, out_dtype=torch.float32)
     return left.to(sum_dtype(left)) @ right.to(sum_dtype(right))
 
@@ -59,7 +60,7 @@ class _ItemSoftmax(torch.autograd.Function):
         normaliser = queries.new_full((len(queries),), -torch.inf, dtype=sum_dtype(queries))
         chosen = torch.full_like(normaliser, torch.nan)  # what no tile holds shows
         with as_given(queries):
-            for rows, columns in _tiles(len(queries), len(candidates)):
+            for rows, columns in _tiles(queries, candidates):
                 logits = _logits(queries[rows], candidates[columns], None if log_q is None else log_q[columns])
                 normaliser[rows] = torch.logaddexp(normaliser[rows], logits.logsumexp(1))
                 column, inside = _column(target[rows], columns.start, logits.shape[1])
@@ -77,7 +78,7 @@ class _ItemSoftmax(torch.autograd.Function):
         dqueries, dcandidates = (torch.zeros_like(t, dtype=sum_dtype(t)) for t in (queries, candidates))
         dlog_q = None if log_q is None else torch.zeros_like(log_q)
         with as_given(queries):
-            for rows, columns in _tiles(len(queries), len(candidates)):
+            for rows, columns in _tiles(queries, candidates):
                 logits = _logits(queries[rows], candidates[columns], None if log_q is None else log_q[columns])
                 dlogits = logits.sub_(normaliser[rows, None]).exp_()
                 column, inside = _column(target[rows], columns.start, logits.shape[1])
@@ -123,7 +124,7 @@ def item_softmax(queries: Tensor, candidates: Tensor, target: Tensor, *, log_q: 
         ShapeError: shapes do not fit each other, or a target is below -1 or above K-1. Targets are looked at on the CPU
             only: on CUDA a wrong one makes its loss NaN.
 
-    Deterministic. Has no second derivative unless `queries` is fp64.
+    Deterministic. Takes the definition, logits and all, if `queries` is fp64; else it has no second derivative.
     """
     if queries.ndim != 2 or target.dtype != torch.int64:
         raise ShapeError(

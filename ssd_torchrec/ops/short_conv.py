@@ -53,31 +53,33 @@ def short_conv_definition(
     return out, torch.stack(tails) if tails else x.new_zeros(0, taps - 1, x.shape[1]) + nothing
 
 
-class _Correlate(torch.autograd.Function):
-    """(S, C) by (C, K) to (S - K + 1, C). PyTorch has the forward fast; its gradients of weight and bias are not."""
+class _Windows(torch.autograd.Function):
+    """Products of some windows of a stream, (S, C) to (T, C). PyTorch is slow at the gradients of weight and bias."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(stream, weight)
-        with as_given(stream):
-            return _correlate(stream, weight)
+    def forward(ctx: Any, stream: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor) -> Tensor:
+        ctx.save_for_backward(stream, weight, window)
+        ctx.has_bias = bias is not None
+        return _correlate(stream, weight, bias).index_select(0, window)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("short_conv")
         (dy,) = grad_outputs
-        stream, weight = ctx.saved_tensors
+        stream, weight, window = ctx.saved_tensors
         taps = weight.shape[1]
-        product = torch.empty_like(dy)
-        dweight = [torch.mul(dy, stream[k : k + len(dy)], out=product).sum(0) for k in range(taps)]
-        with as_given(dy):
-            dstream = _correlate(F.pad(dy, (0, 0, taps - 1, taps - 1)), weight.flip(1))
-        return dstream, torch.stack(dweight, dim=1)
+        padded = stream.new_zeros(len(stream) + taps - 1, len(weight)).index_copy_(0, window + taps - 1, dy)
+        windows = padded[taps - 1 : len(stream)]
+        product = torch.empty_like(windows)
+        dweight = [torch.mul(windows, stream[k : k + len(windows)], out=product).sum(0) for k in range(taps)]
+        dbias = dy.sum(0) if ctx.has_bias else None
+        return _correlate(padded, weight.flip(1), None), torch.stack(dweight, dim=1), dbias, None
 
 
-def _correlate(stream: Tensor, weight: Tensor) -> Tensor:
-    images = stream.T[None, :, :, None]  # (1, C, S, 1), channels last in memory as they are
-    return F.conv2d(images, weight[:, None, :, None], groups=len(weight))[0, :, :, 0].T
+def _correlate(stream: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    image = stream[None, None].permute(0, 3, 1, 2)  # (1, C, 1, S), channels last in memory as they are
+    with as_given(stream):
+        return F.conv2d(image, weight[:, None, None, :], bias, groups=len(weight))[0, :, 0].T
 
 
 def short_conv_stream(
@@ -91,20 +93,20 @@ def short_conv_stream(
     tail: Tensor | None = None,
     return_tail: bool = False,
 ) -> Any:
-    """All rows at once, laid out as one stream with each row's tail before it: no window reaches into another row."""
+    """All rows at once, as one stream with room for a tail between them: no window reaches into another row."""
     channels, taps = weight.shape
     dtype = sum_dtype(x)
-    room = taps - 1  # of a tail: before its row, or after it with reverse
+    room = taps - 1  # before its row, or after it with reverse
     window = torch.arange(layout.num_events, device=x.device) + room * layout.row_of_event  # (T,) where each begins
     stream = x.new_zeros(layout.num_events + room * layout.num_rows + taps, channels, dtype=dtype)
-    stream = stream.index_copy(0, window if reverse else window + room, x.to(dtype))
+    stream.index_copy_(0, window if reverse else window + room, x.to(dtype))
     rows = torch.arange(layout.num_rows, device=x.device)
     tails = torch.arange(room, device=x.device) + room * rows[:, None]  # (B, K-1) room before and in each row's tail
     if tail is not None:
-        before = (layout.offsets[:-1, None] + tails).flatten()
-        stream = stream.index_copy(0, before, tail.to(dtype).flatten(0, 1))
-    y = _Correlate.apply(stream, (weight.flip(1) if reverse else weight).to(dtype)).index_select(0, window)
-    y = _ACTIVATIONS[activation](y if bias is None else y + bias).to(x.dtype)
+        stream.index_copy_(0, (layout.offsets[:-1, None] + tails).flatten(), tail.to(dtype).flatten(0, 1))
+    taps_in_order = (weight.flip(1) if reverse else weight).to(dtype)
+    y = _Windows.apply(stream, taps_in_order, None if bias is None else bias.to(dtype), window)
+    y = _ACTIVATIONS[activation](y).to(x.dtype)
     if not return_tail:
         return y
     return y, stream[layout.offsets[1:, None] + tails].to(x.dtype)

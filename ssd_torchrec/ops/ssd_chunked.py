@@ -11,9 +11,11 @@ Shapes: n chunks, Q slots, H heads, P channels of a head, N state per channel, G
 Source: Dao & Gu 2024, arXiv:2405.21060, section 6.
 """
 
+import math
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_torchrec.ops.chunks import ChunkTable
@@ -22,9 +24,9 @@ from ssd_torchrec.ops.registry import refuse_double_backward
 
 
 class _Decays(NamedTuple):
-    """What is left of something after some events of a chunk, from 0 to 1. Padding is silenced here, once for all."""
+    """What is left of something after some events of a chunk, from 0 to 1."""
 
-    between: Tensor  # (n, H, Q, Q) from event j to event i; 0 where i is before j or is padding
+    between: Tensor  # (n, H, Q, Q) from event j to event i; 0 where i is before j
     entering: Tensor  # (n, H, Q) from before the chunk to event i; 0 at padding
     leaving: Tensor  # (n, H, Q) from event j to the chunk's end; 0 at padding
     whole: Tensor  # (n, H) from before the chunk to its end
@@ -63,12 +65,21 @@ class _Gradients(NamedTuple):
 
 
 def _decays(log_decay: Tensor, padding: Tensor) -> _Decays:
-    total = log_decay.cumsum(-1)  # of one row alone: another row's decays cannot cost digits
-    until = total.masked_fill(padding[:, None], -torch.inf)
-    between = (until[..., None] - total[..., None, :]).clamp_(max=0).exp_().tril_()  # a parallel cumsum can rise
+    """Of (n, H, Q) log decays, 0 at padding. Sums of them meet as differences, so those are taken in fp64."""
+    dtype = log_decay.dtype
+    total = log_decay.cumsum(-1, dtype=torch.float64)  # of one row alone: another row's decays cannot cost digits
     last = total[..., -1:]
-    leaving = (last - total).clamp_(max=0).masked_fill_(padding[:, None], -torch.inf).exp_()
-    return _Decays(between, until.exp(), leaving, last[..., 0].exp())
+    spans = log_decay.new_empty(*total.shape, total.shape[-1])
+    between = _exp(torch.sub(total[..., None], total[..., None, :], out=spans)).tril_()
+    entering = _exp(total.to(dtype)).masked_fill_(padding[:, None], 0)
+    leaving = _exp((last - total).to(dtype)).masked_fill_(padding[:, None], 0)
+    return _Decays(between, entering, leaving, _exp(last[..., 0].to(dtype)))
+
+
+def _exp(log_decay: Tensor) -> Tensor:
+    """exp of at most 0, as a parallel cumsum can rise; 0 where it would come near denormals, which are slow."""
+    smallest = 4 * torch.finfo(log_decay.dtype).smallest_normal
+    return F.threshold_(log_decay.clamp(math.log(smallest), 0).exp_(), 2 * smallest, 0)
 
 
 def _per_head(of_group: Tensor, of_head: Tensor) -> Tensor:
@@ -109,10 +120,9 @@ def _states(chunks: _Chunks, initial: Tensor | None, table: ChunkTable, keep_fin
 def _within(chunks: _Chunks, mixing: Tensor, dy: Tensor) -> _Gradients:
     """Gradients through the events of the same chunk."""
     dmixing = dy @ chunks.u.mT  # (n, H, Q, Q)
-    spans = dmixing * mixing
-    spans.diagonal(dim1=-2, dim2=-1).zero_()  # an event decays on its way to another one only
+    spans = (dmixing * mixing).double()  # summed so that what spans both ends of a decay cancels to nothing
     dproduct = _per_group(dmixing.mul_(chunks.decays.between), chunks.B.shape[1])
-    up_to = spans.sum(-1).sub_(spans.sum(-2))
+    up_to = spans.sum(-1) - spans.sum(-2)
     return _Gradients(
         u=mixing.mT @ dy,
         B=dproduct.mT @ chunks.C,
@@ -201,13 +211,13 @@ class _ChunkedScan(torch.autograd.Function):
         x, delta, A, step, mixing, carried, u, B, C, *decays = ctx.saved_tensors
         chunks = _Chunks(u, B, C, _Decays(*decays))
         with as_given(x):
-            dy = table.cut(dy)
+            dy = table.cut(dy).masked_fill_(table.is_padding[:, None, :, None], 0)
             grads = _within(chunks, mixing, dy)
             dstate = dfinal[table.row_order] if ctx.has_final else None
             dinitial = _across(chunks, carried, dy, dstate, table, grads)
         dlog_decay, du = grads.log_decay(), table.join(grads.u)
-        ddelta = table.join(dlog_decay * A[:, None]) + (du * x).sum(-1)
-        dA = (dlog_decay * step).sum((0, 2))
+        ddelta = table.join(dlog_decay * A[:, None]).to(x.dtype) + (du * x).sum(-1)
+        dA = (dlog_decay * step).sum((0, 2)).to(x.dtype)
         dinitial = dinitial[table.place_of_row] if ctx.has_initial else None
         return du * delta[..., None], ddelta, dA, table.join(grads.B), table.join(grads.C), dinitial, None, None
 
