@@ -4,9 +4,10 @@
     i[t]   = interest(class(x[t]), k[t])             what event t leaves the user wanting: a group of items
     x[t+1] ~ a of group i[t],  b of group i[t-1],  1 - a - b of the user's segment favourites
 
-`interest` is a one-to-one map from (class, regime) onto the groups: whoever does not see the gaps knows the class and
-must guess among as many groups as there are regimes. The gap before x[t+1] tells nothing about x[t+1], so no gap to
-the target need be known. The law is known, and so is the best score: `attainable.py`.
+Items of a group are of one class, and each class has as many groups as there are regimes. `interest` is a one-to-one
+map from (class, regime) onto the groups: whoever does not see the gaps knows the class and must guess among as many
+groups as there are regimes. The gap before x[t+1] tells nothing about x[t+1], so no gap to the target need be known.
+The law is known, and so is the best score: `attainable.py`.
 
 U users, V items, S segments, R regimes, c classes; groups = c * R.
 """
@@ -50,7 +51,7 @@ class SyntheticConfig:
     """Standard deviation of the logarithm of the number of events."""
 
     num_classes: int = 25
-    """Classes that items are drawn into; with the regimes they make num_classes * regimes groups."""
+    """Classes that groups of items are drawn into; with the regimes they make num_classes * regimes groups."""
 
     group_size: int = 10
     """Items of a group; the catalogue holds num_classes * regimes * group_size items."""
@@ -144,7 +145,7 @@ class Law:
     """What the seed decided for all users. Items are 0..V-1; item v is in group v // group_size."""
 
     config: SyntheticConfig
-    class_of_item: Ints  # (V,)
+    class_of_item: Ints  # (V,) the same for all items of a group
     interest: Ints  # (classes, regimes) -> group
     favourites: Ints  # (S, V) items of each segment, most popular first
 
@@ -152,9 +153,10 @@ class Law:
     def draw(cls, config: SyntheticConfig) -> "Law":
         """The law of this seed."""
         rng = np.random.default_rng([config.seed, _LAW])
+        groups = np.arange(config.num_groups)
         return cls(
             config=config,
-            class_of_item=rng.integers(config.num_classes, size=config.num_items),
+            class_of_item=np.repeat(rng.permutation(groups % config.num_classes), config.group_size),
             interest=rng.permutation(config.num_groups).reshape(config.num_classes, config.num_regimes),
             favourites=rng.permuted(np.tile(np.arange(config.num_items), (config.num_segments, 1)), axis=1),
         )
