@@ -4,9 +4,11 @@ The only module that looks at the environment: torchrun's variables tell a proce
 run that has no name.
 """
 
+import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -25,11 +27,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     if words[0] not in COMMANDS:
         print(f"ssd-torchrec: no command {words[0]!r}\n\n{_overview()}", file=sys.stderr)
         return 2
+    _hush_dependencies()
     try:
         return COMMANDS[words[0]].run(words[1:])
     except SSDTorchRecError as error:
         print(f"ssd-torchrec {words[0]}: {type(error).__name__}: {error}", file=sys.stderr)
         return 2
+
+
+def _hush_dependencies() -> None:
+    """Leave out what torch, torchrec and fbgemm say to their own developers: users can do nothing about it."""
+    warnings.filterwarnings("ignore", module=r"(torch|torchrec|fbgemm_gpu|tensordict)(\.|$)")
+    logging.getLogger("torch.fx._symbolic_trace").setLevel(logging.ERROR)
 
 
 def _generate(words: list[str]) -> int:

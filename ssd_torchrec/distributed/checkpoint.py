@@ -35,7 +35,7 @@ BEST = "best"
 WRITING = ".writing"
 DROPPING = ".dropping"
 _NAME = re.compile(r"step-(\d{8,})(?:-(\d+))?")
-_PACKAGES = ("ssd-torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu")
+_PACKAGES = ("ssd-torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton", "numpy", "pyarrow")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -224,7 +224,7 @@ def _info(trainable: Trainable, state: TrainState, digests: dict[str, dict[str, 
         dense_optimizer=trainable.dense.optimizer,
         world_size=_world_size(),
         plan=trainable.plan,
-        versions=_versions(),
+        versions=installed_versions(),
         files=digests,
     )
 
@@ -283,7 +283,8 @@ def _signature(trainable: Trainable) -> dict[str, list[Any]]:
     }
 
 
-def _versions() -> dict[str, str]:
+def installed_versions() -> dict[str, str]:
+    """Versions of the packages that weights and figures depend on; what is not installed is left out."""
     found = {}
     for package in _PACKAGES:
         try:

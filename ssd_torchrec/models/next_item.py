@@ -4,11 +4,12 @@
     context bags ─► EmbeddingBagCollection ─► (B, F·D) ─► linear ─────┴─► queries (T, D)
     candidate ids ─► the same item table ─► (C, D) ─► softmax over queries · candidates
 
-Events keep their order, so they come from an EmbeddingCollection; context features are pooled to one vector a row, so they
-come from an EmbeddingBagCollection. Features "item" and "candidate" share one table: input and output embeddings are tied.
+Events keep their order, so they come from an EmbeddingCollection; context features are pooled to one vector a row, so
+they come from an EmbeddingBagCollection. Features "item" and "candidate" share one table: input and output embeddings
+are tied.
 
-The forward below is the only code that TorchRec's pipeline traces symbolically. Everything in it that holds no table (the
-tower, the loss) is a leaf to the tracer and may do as it likes.
+The forward below is the only code that TorchRec's pipeline traces symbolically. Everything in it that holds no table
+(the tower, the loss) is a leaf to the tracer and may do as it likes.
 """
 
 from collections.abc import Callable
@@ -84,8 +85,8 @@ class QueryTower(nn.Module):
 class FullSoftmaxLoss(nn.Module):
     """Cross-entropy over the batch's candidates, averaged over the targets of the global batch.
 
-    A rank returns (its sum) x world / (global targets): TorchRec and DDP average gradients over ranks, so what the optimizer
-    sees is the mean over the global batch, however many ranks share it.
+    A rank returns (its sum) x world / (global targets): TorchRec and DDP average gradients over ranks, so what the
+    optimizer sees is the mean over the global batch, however many ranks share it.
     """
 
     def __init__(self, world_size: int = 1) -> None:
@@ -109,7 +110,7 @@ class NextItemModel(nn.Module):
     Args:
         tables: which tables to build.
         encoder: turns (T, D) events to (T, D); its width is the width of every table.
-        loss: from (queries (T, D), candidates (C, D), batch) to (loss (), detached (2,) local sum and number of targets).
+        loss: from (queries (T, D), candidates (C, D), batch) to what `forward` returns.
         table_device: "meta" when a sharder will allocate the tables, else where they live.
         autocast_dtype: run the encoder in this dtype (bf16 on CUDA); None for full precision.
     """
@@ -142,7 +143,7 @@ class NextItemModel(nn.Module):
         self.loss = loss or FullSoftmaxLoss()
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """One training step: the () loss to differentiate, and (2,) detached, this rank's sum in nats and its targets."""
+        """One training step: the () loss to differentiate; (2,) detached, this rank's sum in nats and its targets."""
         embedded = self.items(batch.features)
         context = self.contexts(batch.features).values() if self.contexts is not None else None
         queries = self.tower(embedded["item"].values(), context, batch)
@@ -163,7 +164,7 @@ class NextItemModel(nn.Module):
 
     def item_vectors(self, ids: Tensor) -> Tensor:
         """Table rows of (C,) int64 ids: (C, D). Collective when the table is sharded."""
-        keys = ["item", "timestamp", "candidate", *self.tables.context]  # a sharded collection knows a batch's keys only
+        keys = ["item", "timestamp", "candidate", *self.tables.context]  # all a sharded collection has ever seen
         lengths = torch.tensor([len(ids) if key == "candidate" else 0 for key in keys], device=ids.device)
         features = KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths)
         return self.items(features)["candidate"].values()

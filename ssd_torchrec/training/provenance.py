@@ -1,24 +1,10 @@
-"""Where a result comes from: versions, commit, memory. Noted in checkpoints and result.json."""
+"""Where a result comes from: commit and memory, noted in result.json."""
 
 import resource
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import torch
-
-PACKAGES = ("ssd-torchrec", "torch", "torchrec", "fbgemm-gpu", "fbgemm-gpu-cpu", "triton", "numpy", "pyarrow")
-
-
-def versions() -> dict[str, str]:
-    """Installed versions of what a result depends on; packages that are not installed are left out."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def git_commit() -> str | None:

@@ -6,10 +6,11 @@ from pathlib import Path
 from typing import Any
 
 from ssd_torchrec.data.split import Stage
-from ssd_torchrec.data.statistics import log_gap_statistics
+from ssd_torchrec.data.statistics import log_gap_statistics, unknown_targets
 from ssd_torchrec.distributed.checkpoint import (
     BEST,
     TrainState,
+    installed_versions,
     latest_checkpoint,
     load_checkpoint,
     load_weights,
@@ -29,7 +30,7 @@ from ssd_torchrec.training.evaluate import evaluate
 from ssd_torchrec.training.histories import Histories
 from ssd_torchrec.training.loop import Position, Steps, TrainingLoop
 from ssd_torchrec.training.observer import RunObserver
-from ssd_torchrec.training.provenance import git_commit, peak_memory_gib, versions
+from ssd_torchrec.training.provenance import git_commit, peak_memory_gib
 from ssd_torchrec.training.report import print_results, write_report
 from ssd_torchrec.training.run_folder import as_json, claim, from_json, write_json
 
@@ -82,6 +83,8 @@ class Run:
     def train(self, description: str) -> dict[str, Any]:
         """Train to the end, go back to the best weights and evaluate them; what result.json says of this one model."""
         position = self._begin()
+        if self.world.rank == 0:
+            print(self._announcement())
         observer = RunObserver(self.folder, description, position, self.total_steps, speaks=self.world.rank == 0)
         loop = TrainingLoop(
             self.config.training,
@@ -99,6 +102,22 @@ class Run:
                 raise DivergedError(f"{error}; last good checkpoint: {good or 'none yet'}") from error
         load_weights(self.checkpoints / BEST, self.trainable, vocabulary=self._vocabulary)
         return self._result(position, loop)
+
+    def _announcement(self) -> str:
+        """What is about to be trained on, and how, in a few lines."""
+        meta, counts = self.data.histories.meta, self.data.spans.counts()
+        lines = [
+            f"data    {meta.name}: {meta.num_users:,} users, {meta.num_items:,} items, {meta.num_events:,} events",
+            f"        {counts.training_targets:,} training targets an epoch, in about {self.training.count(0)} batches",
+        ]
+        unknown = unknown_targets(self.data.histories, self.data.spans)
+        if any(unknown.values()):
+            numbers = ", ".join(f"{count:,} of {stage}" for stage, count in unknown.items())
+            lines.append(f"        not asked for, since their items are unknown: {numbers}")
+        plan = self.trainable.plan or {"all": "whole, in this process"}
+        for table, place in plan.items():
+            lines.append(f"table   {table}: {place}, {self.trainable.sharding.optimizer}")
+        return "\n".join(lines)
 
     @property
     def checkpoints(self) -> Path:
@@ -174,7 +193,7 @@ class Run:
             "peak_memory_gib": peak_memory_gib(self.world.device),
             "sharding": self.trainable.plan,
             "table_optimizer": self.trainable.sharding.optimizer,
-            "versions": versions(),
+            "versions": installed_versions(),
             "git_commit": git_commit(),
         }
 
