@@ -57,16 +57,17 @@ class _ItemSoftmax(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, queries: Tensor, candidates: Tensor, target: Tensor, log_q: Tensor | None) -> Tensor:
-        normaliser = queries.new_full((len(queries),), -torch.inf, dtype=sum_dtype(queries))
-        chosen = torch.full_like(normaliser, torch.nan)  # what no tile holds shows
+        normaliser = queries.new_full((len(queries),), -torch.inf, dtype=torch.float64)  # many tiles round it once
+        chosen = torch.full_like(normaliser, torch.nan)  # a target that no tile holds shows
         with as_given(queries):
             for rows, columns in _tiles(queries, candidates):
                 logits = _logits(queries[rows], candidates[columns], None if log_q is None else log_q[columns])
-                normaliser[rows] = torch.logaddexp(normaliser[rows], logits.logsumexp(1))
+                normaliser[rows] = torch.logaddexp(normaliser[rows], logits.logsumexp(1).double())
                 column, inside = _column(target[rows], columns.start, logits.shape[1])
-                chosen[rows] = torch.where(inside, logits.gather(1, column)[:, 0], chosen[rows])
-        ctx.save_for_backward(queries, candidates, target, log_q, normaliser)
-        return torch.where(target == -1, 0, normaliser - chosen)
+                chosen[rows] = torch.where(inside, logits.gather(1, column)[:, 0].double(), chosen[rows])
+        dtype = sum_dtype(queries)
+        ctx.save_for_backward(queries, candidates, target, log_q, normaliser.to(dtype))
+        return torch.where(target == -1, 0, normaliser - chosen).to(dtype)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

@@ -15,7 +15,6 @@ import math
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_torchrec.ops.chunks import ChunkTable
@@ -79,7 +78,7 @@ def _decays(log_decay: Tensor, padding: Tensor) -> _Decays:
 def _exp(log_decay: Tensor) -> Tensor:
     """exp of at most 0, as a parallel cumsum can rise; 0 where it would come near denormals, which are slow."""
     smallest = 4 * torch.finfo(log_decay.dtype).smallest_normal
-    return F.threshold_(log_decay.clamp(math.log(smallest), 0).exp_(), 2 * smallest, 0)
+    return torch.threshold_(log_decay.clamp(math.log(smallest), 0).exp_(), 2 * smallest, 0)
 
 
 def _per_head(of_group: Tensor, of_head: Tensor) -> Tensor:
