@@ -49,11 +49,12 @@ class ShardingConfig:
 
     sharding: Literal["auto", "none", "row_wise", "table_wise", "column_wise", "data_parallel"] = "auto"
     """Split of every table. auto: none for one process; for several row_wise, but table_wise for a table with too few
-    rows and, on CPU, for pooled tables: gloo sums their rows only if all ranks bring equally many, which row_wise
-    leaves to the loader. data_parallel is refused: TorchRec computes it wrongly for event tables on CPU."""
+    rows. On CPU, row_wise leaves pooled tables table_wise unless `by_table` names them. data_parallel is refused:
+    TorchRec computes it wrongly for event tables on CPU."""
 
     by_table: dict[str, Literal["row_wise", "table_wise", "column_wise"]] = field(default_factory=dict)
-    """Tables that are split differently, by table name."""
+    """Tables that are split differently, by table name. A pooled table that is row_wise on CPU needs ranks that bring
+    equally many rows to every batch: gloo cannot gather its gradient from unequal ones."""
 
     optimizer: Literal["auto", "sgd", "adagrad", "rowwise_adagrad", "adam"] = "auto"
     """What updates the tables. auto: adam (as in the papers) for whole tables and on CUDA; on CPU, where FBGEMM has no
@@ -75,6 +76,10 @@ class ShardingConfig:
             raise ConfigError(UNSOUND_DATA_PARALLEL)
         if self.compute_kernel == "dense":
             raise ConfigError(UNSOUND_DENSE)
+        if self.sharding == "none" and self.by_table:
+            raise ConfigError(
+                f"by_table splits tables, which sharding none keeps whole, got {self.by_table}; drop one of the two"
+            )
         if self.optimizer == "rowwise_adagrad" and "column_wise" in (self.sharding, *self.by_table.values()):
             raise ConfigError(
                 "column_wise tables must not be updated by rowwise_adagrad: each column range would keep a statistic "
@@ -161,11 +166,12 @@ def _check_device(config: ShardingConfig, device: torch.device) -> None:
 
 def _split_of(table: TableConfig, config: ShardingConfig, world_size: int, device: torch.device) -> str:
     split = config.by_table.get(table.name)
-    if split is None and config.sharding == "auto":
-        pooled_on_cpu = isinstance(table, EmbeddingBagConfig) and device.type == "cpu"
-        by_rows = _rows_suffice(table.num_embeddings, world_size) and not pooled_on_cpu
-        return "row_wise" if by_rows else "table_wise"
-    split = split or config.sharding
+    if split is None:
+        split = config.sharding
+        if split == "auto":
+            split = "row_wise" if _rows_suffice(table.num_embeddings, world_size) else "table_wise"
+        if split == "row_wise" and isinstance(table, EmbeddingBagConfig) and device.type == "cpu":
+            split = "table_wise"
     if split == "row_wise" and not _rows_suffice(table.num_embeddings, world_size):
         raise ConfigError(
             f"row_wise must leave every rank a row, got table {table.name} with {table.num_embeddings} rows for "
@@ -228,7 +234,7 @@ def _planner(model: nn.Module, config: ShardingConfig, workload: Workload, world
         local_world_size=world.local_size,
         compute_device=world.device.type,
         hbm_cap=torch.cuda.get_device_properties(world.device).total_memory if on_gpu else 0,
-        ddr_cap=host,
+        ddr_cap=int(host * (1 - RESERVED_MEMORY)),  # the reservation below is of device memory only
     )
     return EmbeddingShardingPlanner(
         topology=topology,

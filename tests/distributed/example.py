@@ -1,6 +1,6 @@
 """A small next-item model and batches that any number of ranks can share."""
 
-from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,13 +22,11 @@ SGD = DenseOptimizerConfig(optimizer="sgd", learning_rate=0.05)
 ENCODER = TiM4RecConfig(width=WIDTH, layers=1, head_width=8, state=8, dropout=0.0, time_dropout=0.0, time_hidden=4)
 
 
-def trainable(
-    world: World, sharding: ShardingConfig, dense: DenseOptimizerConfig = SGD, items: int = ITEMS
-) -> Trainable:
-    return shard(model(world, items), sharding, dense, world, seed=SEED)
+def trainable(world: World, sharding: ShardingConfig, dense: DenseOptimizerConfig = SGD, **shape: Any) -> Trainable:
+    return shard(model(world, **shape), sharding, dense, world, seed=SEED)
 
 
-def model(world: World, items: int = ITEMS, *, context: bool = True) -> NextItemModel:
+def model(world: World, *, items: int = ITEMS, context: bool = True) -> NextItemModel:
     torch.manual_seed(SEED)
     tables = TablesConfig(
         num_item_rows=FIRST_ITEM + items, first_item=FIRST_ITEM, context={"segment": SEGMENTS} if context else {}
@@ -48,11 +46,14 @@ def rows_of(step: int) -> list[Row]:
     return rows
 
 
-def batch(step: int, world: World) -> Batch:
-    """This rank's share of global batch `step`: every event is to predict the item 7 further on."""
+def batch(step: int, world: World, *, equal_rows: bool = False) -> Batch:
+    """This rank's share of global batch `step`: every event is to predict the item 7 further on.
+
+    Ranks bring unequally many rows unless `equal_rows` fills them up with empty ones.
+    """
     rows = rows_of(step)
-    while len(rows) % world.size:
-        rows.append(([], [], []))  # gloo needs equally many rows on each rank for a row-wise bag
+    if equal_rows:
+        rows += [([], [], [])] * (-len(rows) % world.size)
     mine = rows[world.rank :: world.size]
     items = [torch.tensor(r[0], dtype=torch.int64) for r in mine]
     values = {
@@ -71,13 +72,11 @@ def batch(step: int, world: World) -> Batch:
     return Batch(features, layout, target, global_targets=sum(len(r[0]) for r in rows))
 
 
-def train(t: Trainable, world: World, steps: range, **changes: float) -> list[float]:
+def train(t: Trainable, world: World, steps: range, *, equal_rows: bool = False) -> list[float]:
     """Plain steps without a pipeline; the mean loss in nats over the global batch of each."""
     losses = []
     for step in steps:
-        mine = batch(step, world)
-        if changes:
-            mine = replace(mine, **changes)
+        mine = batch(step, world, equal_rows=equal_rows)
         t.optimizer.zero_grad()
         loss, local = t.model(mine)
         loss.backward()

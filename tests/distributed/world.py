@@ -6,6 +6,7 @@ import pickle
 import socket
 import time
 import traceback
+import warnings
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
@@ -20,7 +21,7 @@ def spawn(function: Callable[..., Any], size: int, *args: Any, timeout_s: float 
         AssertionError: a rank raised (with its traceback), died, or took longer than `timeout_s`; the others are ended.
     """
     context = multiprocessing.get_context("spawn")
-    port = _free_port()
+    port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [
         context.Process(target=_child, args=(pipes[rank][1], function, rank, size, port, args), daemon=True)
@@ -64,6 +65,7 @@ def _child(sender: Connection, function: Callable[..., Any], rank: int, size: in
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     import torch
 
+    warnings.filterwarnings("error", module="ssd_torchrec")  # as pytest is told to in pyproject.toml
     from ssd_torchrec.distributed.process import launched, process_group
 
     torch.set_num_threads(1)
@@ -76,7 +78,7 @@ def _child(sender: Connection, function: Callable[..., Any], rank: int, size: in
         sender.send_bytes(pickle.dumps((None, traceback.format_exc())))
 
 
-def _free_port() -> int:
+def free_port() -> int:
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
         return s.getsockname()[1]

@@ -1,0 +1,97 @@
+from dataclasses import replace
+
+import pytest
+import torch
+from torchrec import EmbeddingBagConfig, EmbeddingConfig
+
+from ssd_torchrec.distributed.plan import ShardingConfig, resolve
+from ssd_torchrec.errors import ConfigError
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TABLES = {
+    "items.embeddings.item.weight": EmbeddingConfig(
+        name="item", num_embeddings=100, embedding_dim=16, feature_names=["item", "candidate"]
+    ),
+    "contexts.embedding_bags.segment.weight": EmbeddingBagConfig(
+        name="segment", num_embeddings=5, embedding_dim=16, feature_names=["segment"]
+    ),
+}
+
+
+def test_one_process_keeps_tables_whole_under_the_papers_optimizer():
+    resolved = resolve(ShardingConfig(), TABLES, 1, CPU)
+    assert (resolved.sharding, resolved.optimizer, resolved.learning_rate, resolved.split) == (
+        "none",
+        "adam",
+        1e-3,
+        False,
+    )
+
+
+def test_two_processes_on_cpu_split_events_by_rows_and_leave_bags_whole():
+    resolved = resolve(ShardingConfig(), TABLES, 2, CPU)
+    assert resolved.by_table == {"item": "row_wise", "segment": "table_wise"}
+    assert (resolved.optimizer, resolved.learning_rate) == ("rowwise_adagrad", 0.02)
+
+
+def test_gpus_split_all_by_rows_under_adam():
+    resolved = resolve(ShardingConfig(), TABLES, 2, CUDA)
+    assert resolved.by_table == {"item": "row_wise", "segment": "row_wise"}
+    assert resolved.optimizer == "adam"
+
+
+def test_auto_leaves_a_table_with_too_few_rows_on_one_rank():
+    assert resolve(ShardingConfig(), TABLES, 4, CUDA).by_table["segment"] == "table_wise"  # 2, 2, 1 and none
+
+
+def test_by_table_overrides_the_split():
+    config = ShardingConfig(sharding="row_wise", by_table={"segment": "row_wise", "item": "table_wise"})
+    assert resolve(config, TABLES, 2, CPU).by_table == {"item": "table_wise", "segment": "row_wise"}
+
+
+def test_split_by_columns_auto_takes_adagrad_on_cpu():
+    assert resolve(ShardingConfig(sharding="column_wise"), TABLES, 2, CPU).optimizer == "adagrad"
+
+
+def test_resolving_twice_changes_nothing():
+    for world_size in (1, 2):
+        resolved = resolve(ShardingConfig(), TABLES, world_size, CPU)
+        assert resolve(resolved, TABLES, world_size, CPU) == resolved
+
+
+REFUSED = {
+    "data_parallel": (dict(sharding="data_parallel"), "got data_parallel: TorchRec would look"),
+    "data_parallel-table": (dict(by_table={"item": "data_parallel"}), "got data_parallel"),
+    "dense-kernel": (dict(compute_kernel="dense"), "got dense: on CPU it pools"),
+    "columns-and-rowwise": (dict(sharding="column_wise", optimizer="rowwise_adagrad"), "cannot be resharded"),
+    "column-and-rowwise": (dict(by_table={"item": "column_wise"}, optimizer="rowwise_adagrad"), "cannot be resharded"),
+    "whole-and-by-table": (dict(sharding="none", by_table={"item": "row_wise"}), "drop one of the two"),
+    "no-learning-rate": (dict(learning_rate=0.0), "learning_rate must be above 0, got 0.0"),
+    "no-eps": (dict(eps=0.0), "eps must be above 0"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_config_that_computes_wrongly_is_refused(name):
+    fields, message = REFUSED[name]
+    with pytest.raises(ConfigError, match=message):
+        ShardingConfig(**fields)
+
+
+UNFIT = {
+    "whole-on-two": (dict(sharding="none"), 2, "sharding none with 2 processes"),
+    "adam-on-cpu": (dict(optimizer="adam"), 2, "no fused Adam for CPU"),
+    "uvm-on-cpu": (dict(compute_kernel="fused_uvm"), 2, "got tables on CPU"),
+    "unknown-table": (dict(by_table={"user": "row_wise"}), 2, "tables of the model \\(item, segment\\), got user"),
+    "too-few-rows": (dict(by_table={"segment": "row_wise"}), 4, "table segment with 5 rows for 4 ranks"),
+    "more-ranks-than-rows": (dict(sharding="row_wise"), 101, "table item with 100 rows for 101 ranks"),
+    "odd-columns": (dict(sharding="column_wise"), 3, "table item of width 16 for 3 ranks"),
+    "narrow-columns": (dict(sharding="column_wise"), 8, "a multiple of 4 per rank"),
+}
+
+
+@pytest.mark.parametrize("name", UNFIT)
+def test_a_split_that_does_not_fit_the_ranks_is_refused(name):
+    fields, world_size, message = UNFIT[name]
+    with pytest.raises(ConfigError, match=message):
+        resolve(replace(ShardingConfig(), **fields), TABLES, world_size, CPU)
