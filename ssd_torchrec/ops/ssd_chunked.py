@@ -107,11 +107,11 @@ def _states(chunks: _Chunks, initial: Tensor | None, table: ChunkTable, keep_fin
     carried = chunks.u.new_empty(len(chunks.u) - without, *shape)
     state = chunks.u.new_zeros(len(table.row_order), *shape) if initial is None else initial[table.row_order]
     for start, rows, onward in table.ranks():
-        if start >= without:
-            carried[start - without : start - without + rows] = state[:rows]
         going = chunks.part(start, start + (rows if keep_final else onward))
         after = state[: len(going.u)]
-        after *= going.decays.whole[..., None, None]
+        if start >= without:
+            carried[start - without : start - without + rows] = state[:rows]
+            after *= going.decays.whole[..., None, None]
         _add_product(after, going.u.mT, _per_head(going.B, going.decays.leaving[..., None]))
     return carried, state
 
@@ -153,26 +153,33 @@ def _through_leaving(chunks: _Chunks, dafter: Tensor, grads: _Gradients) -> None
 def _across(
     chunks: _Chunks, carried: Tensor, dy: Tensor, dfinal: Tensor | None, table: ChunkTable, grads: _Gradients
 ) -> Tensor:
-    """Adds the gradients through states; returns that of the state before each row, in the table's order.
+    """Adds the gradients through states; returns that of `carried`, all paths included.
 
     Args:
-        dfinal: (B, H, P, N) gradient of the state after each row, or None; rows in the table's order.
+        dfinal: (B, H, P, N) gradient of the state after each row, rows in the table's order; None if there is none.
     """
     without = len(chunks.u) - len(carried)
     dcarried = _through_entering(chunks.part(without), carried, dy[without:], grads.part(without))
-    dstate = carried.new_zeros(len(table.row_order), *carried.shape[1:]) if dfinal is None else dfinal
     for start, rows, onward in reversed([*table.ranks()]):
-        after = slice(start + rows - without, start + rows - without + onward)
-        dafter = dcarried[after] if dfinal is None else torch.cat([dcarried[after], dfinal[onward:rows]])
-        going = chunks.part(start, start + len(dafter))
-        _through_leaving(going, dafter, grads.part(start, start + len(dafter)))
+        dafter = dcarried[start + rows - without :][:onward]  # of the state that the next rank starts with
+        if dfinal is not None:
+            dafter = torch.cat([dafter, dfinal[onward:rows]])
+        stop = start + len(dafter)
+        going = chunks.part(start, stop)
+        _through_leaving(going, dafter, grads.part(start, stop))
         if start >= without:
-            before = slice(start - without, start - without + len(dafter))
+            before = slice(start - without, stop - without)
             dkept = dafter * going.decays.whole[..., None, None]
-            grads.whole[start : start + len(dafter)] = (dkept * carried[before]).sum((-1, -2))
+            grads.whole[start:stop] = (dkept * carried[before]).sum((-1, -2))
             dcarried[before] += dkept
+    return dcarried
+
+
+def _of_initial(dcarried: Tensor, dfinal: Tensor | None, table: ChunkTable) -> Tensor:
+    """The gradient of the initial states: what enters the first chunks, and, of rows without events, what leaves."""
     rows = sum(table.rows_of_rank[:1])
-    return torch.cat([dcarried[:rows], dstate[rows:]])
+    idle = dcarried.new_zeros(len(table.row_order) - rows, *dcarried.shape[1:]) if dfinal is None else dfinal[rows:]
+    return torch.cat([dcarried[:rows], idle])[table.place_of_row]
 
 
 class _ChunkedScan(torch.autograd.Function):
@@ -212,12 +219,12 @@ class _ChunkedScan(torch.autograd.Function):
         with as_given(x):
             dy = table.cut(dy).masked_fill_(table.is_padding[:, None, :, None], 0)
             grads = _within(chunks, mixing, dy)
-            dstate = dfinal[table.row_order] if ctx.has_final else None
-            dinitial = _across(chunks, carried, dy, dstate, table, grads)
+            dfinal = dfinal[table.row_order] if ctx.has_final else None
+            dcarried = _across(chunks, carried, dy, dfinal, table, grads)
         dlog_decay, du = grads.log_decay(), table.join(grads.u)
         ddelta = table.join(dlog_decay * A[:, None]).to(x.dtype) + (du * x).sum(-1)
         dA = (dlog_decay * step).sum((0, 2)).to(x.dtype)
-        dinitial = dinitial[table.place_of_row] if ctx.has_initial else None
+        dinitial = _of_initial(dcarried, dfinal, table) if ctx.has_initial else None
         return du * delta[..., None], ddelta, dA, table.join(grads.B), table.join(grads.C), dinitial, None, None
 
 
