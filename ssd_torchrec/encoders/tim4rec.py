@@ -10,7 +10,8 @@ along the time axis there is done event by event here, so that an output depends
 """
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from math import isfinite
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,9 @@ from ssd_torchrec.modules.feed_forward import FeedForward
 from ssd_torchrec.modules.short_conv import Activation, ConvInit
 from ssd_torchrec.modules.ssd_mixer import SSDMixer, SSDMixerConfig, SSDMixerState
 from ssd_torchrec.modules.time_gate import GapSignal, SignalMix, TimeGate, TimeGateConfig, TimeGateState
+
+TimeMode = Literal["causal", "none"]
+KNOWN = {"time_mode": get_args(TimeMode), "activation": get_args(Activation), "conv_init": get_args(ConvInit)}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +62,7 @@ class TiM4RecConfig:
     dropout: float = 0.2
     """Of events and of what each block adds to them."""
 
-    time_mode: Literal["causal", "none"] = "causal"
+    time_mode: TimeMode = "causal"
     """causal: gaps gate the steps, each event sees its past only; none: timestamps are ignored."""
 
     time_hidden: int = 16
@@ -80,9 +84,16 @@ class TiM4RecConfig:
         for name in ("dropout", "time_dropout"):
             if not 0 <= getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be in [0, 1), got {getattr(self, name)}; it is a share, not percent")
-        if self.log_gap_std <= 0 or self.norm_eps <= 0:
+        for name, known in KNOWN.items():
+            if getattr(self, name) not in known:
+                raise ConfigError(
+                    f"{name} must be {' or '.join(known)}, got {getattr(self, name)!r}; choose one of these"
+                )
+        if not self.norm_eps > 0:
+            raise ConfigError(f"norm_eps must be above 0, got {self.norm_eps}; raise it")
+        if not (self.log_gap_std > 0 and isfinite(self.log_gap_std) and isfinite(self.log_gap_mean)):
             raise ConfigError(
-                f"log_gap_std and norm_eps must be above 0, got {self.log_gap_std} and {self.norm_eps}; "
+                f"log_gap_mean must be finite and log_gap_std above 0, got {self.log_gap_mean} and {self.log_gap_std}; "
                 "a training set whose gaps are all alike has no time to learn from: take time_mode none"
             )
         self.mixer()  # refuses heads that do not fit
@@ -96,6 +107,7 @@ class TiM4RecConfig:
             taps=self.taps,
             activation=self.activation,
             conv_init=self.conv_init,
+            raw_step=1.0 if self.time_mode == "causal" else 0.0,
             norm_eps=self.norm_eps,
         )
 

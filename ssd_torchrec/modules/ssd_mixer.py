@@ -23,7 +23,7 @@ from ssd_torchrec.modules.short_conv import Activation, ConvInit, ShortConv
 from ssd_torchrec.ops.gated_norm import gated_norm
 from ssd_torchrec.ops.ssd_scan import ssd_scan
 
-STEP_RANGE = (1e-3, 0.1)  # of softplus(dt_bias), drawn log-uniform
+STEP_RANGE = (1e-3, 0.1)  # of the steps at gate 1, drawn log-uniform
 RATE_RANGE = (1.0, 16.0)  # of -A, drawn uniform
 
 
@@ -51,6 +51,10 @@ class SSDMixerConfig:
 
     conv_init: ConvInit = "uniform"
     """Start of the convolution."""
+
+    raw_step: float = 0.0
+    """Bias of the raw step at the start, taken off dt_bias, so that at gate 1 steps start as they do without a gate.
+    A raw step around 0, as published, leaves a gate nothing to act on."""
 
     norm_eps: float = 1e-12
     """Of the gated norm."""
@@ -91,7 +95,7 @@ class SSDMixer(nn.Module):
         heads = config.heads
         self.in_proj = nn.Linear(config.width, config.inner + config.conv_channels + heads)
         self.conv = ShortConv(config.conv_channels, config.taps, config.activation, config.conv_init)
-        self.dt_bias = nn.Parameter(inverse_softplus(_log_uniform(heads, *STEP_RANGE)))
+        self.dt_bias = nn.Parameter(inverse_softplus(_log_uniform(heads, *STEP_RANGE)) - config.raw_step)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*RATE_RANGE).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm_weight = nn.Parameter(torch.ones(config.inner))
@@ -99,6 +103,7 @@ class SSDMixer(nn.Module):
         for linear in (self.in_proj, self.out_proj):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
+        nn.init.constant_(self.in_proj.bias[-heads:], config.raw_step)
 
     def forward(
         self, x: Tensor, gate: Tensor | None, layout: JaggedLayout, state: SSDMixerState | None = None

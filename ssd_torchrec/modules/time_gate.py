@@ -23,7 +23,7 @@ from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.modules.short_conv import Activation, ShortConv
 
 OPEN = {"hardswish": (math.sqrt(33) - 3) / 2, "silu": 1.2784645427610738}  # activation(OPEN) = 1
-KNOTS = (-2.0, 2.0)  # where on z the hidden units turn at the start
+EARLIER_TAPS = 0.2  # start of the taps on earlier events, as a share of PyTorch's; the event's own tap starts at 1
 
 
 class GapSignal(nn.Module):
@@ -91,7 +91,15 @@ class TimeGate(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.first = ShortConv(config.heads, config.taps, config.activation)
         self.second = ShortConv(config.heads, config.taps, config.activation)
-        nn.init.constant_(self.second.bias, OPEN[config.activation])
+        self._open()
+
+    @torch.no_grad()
+    def _open(self) -> None:
+        """Start near 1, moved mostly by the event's own gap: from the published start it takes many epochs to open."""
+        for conv in (self.first, self.second):
+            conv.weight.mul_(EARLIER_TAPS)
+            conv.weight[:, -1] = 1.0
+        self.second.bias.fill_(OPEN[self.second.activation])
 
     def forward(
         self, signal: Tensor, layout: JaggedLayout, state: TimeGateState | None = None
