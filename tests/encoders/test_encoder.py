@@ -18,12 +18,12 @@ class Forgetful(StreamingEncoder[tuple[Tensor]]):
 
 def test_an_encoder_is_whatever_has_a_forward():
     Echo()
-    with pytest.raises(TypeError, match="abstract method '?forward"):
+    with pytest.raises(TypeError, match=r"abstract method '?forward"):
         Encoder()
 
 
 def test_an_encoder_that_streams_must_say_how():
-    with pytest.raises(TypeError, match="abstract methods '?append'?, '?initial_state"):
+    with pytest.raises(TypeError, match=r"abstract methods '?append'?, '?initial_state"):
         Forgetful()
 
 
