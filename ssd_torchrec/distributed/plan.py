@@ -29,7 +29,7 @@ from ssd_torchrec.distributed.process import World
 from ssd_torchrec.distributed.tables import TableConfig, tables_of
 from ssd_torchrec.errors import ConfigError
 
-LEARNING_RATE = {"sgd": 0.1, "adagrad": 0.02, "rowwise_adagrad": 0.02, "adam": 1e-3}
+LEARNING_RATE = {"sgd": 0.1, "adagrad": 0.05, "rowwise_adagrad": 0.05, "adam": 1e-3}
 RESERVED_MEMORY = 0.15  # of each device, for what the planner does not count: encoder, activations, loss
 
 UNSOUND_DATA_PARALLEL = (
@@ -62,7 +62,7 @@ class ShardingConfig:
     weight, adagrad one, rowwise_adagrad one a row: take the last where Adam's moments do not fit the GPUs."""
 
     learning_rate: float | None = None
-    """Learning rate of the tables. None: 0.1 for sgd, 0.02 for both adagrads, 0.001 for adam."""
+    """Learning rate of the tables. None: 0.1 for sgd, 0.05 for both adagrads, 0.001 for adam."""
 
     eps: float = 1e-8
     """Added to the denominator of adagrad, rowwise_adagrad and adam."""

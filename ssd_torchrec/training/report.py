@@ -22,7 +22,12 @@ from ssd_torchrec.training.tracking import read_metrics
 
 METRICS = [f"{metric}@{k}" for k in CUTOFFS for metric in ("hr", "ndcg", "mrr")]
 SPLITS = {"valid": "Validation", "test": "Test"}
-JUDGES = {"no time gate": "without_time", "most popular": "most_popular", "best possible": "attainable"}
+JUDGES = {
+    "no time gate": "without_time",
+    "most popular": "most_popular",
+    "best, time-blind": "attainable_without_time",
+    "best possible": "attainable",
+}
 FACTS = {
     "model": "model",
     "data": "data",
@@ -51,7 +56,8 @@ def comparison(result: Mapping[str, Any], split: str) -> tuple[list[str], list[l
 
     Args:
         result: the content of result.json. The model's figures stand under the split's name; "without_time",
-            "most_popular" and "attainable" are shown where they are known, and the last of them also as a share.
+            "most_popular", "attainable_without_time" and "attainable" are shown where they are known, the last one also
+            as a share.
         split: "valid" or "test".
     """
     scores = {"model": result[split]}

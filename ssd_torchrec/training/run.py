@@ -60,6 +60,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         blind = replace(config, encoder=replace(config.encoder, time_mode="none"), also_without_time=False)
         other = Run(blind, folder / WITHOUT_TIME, data, world).train("without time")
         result["without_time"] = {stage: other[stage] for stage in STAGES}
+        result["attainable_without_time"] = data.attainable(config.data, config.evaluation, timed=False)
     if world.rank == 0:
         write_json(folder / "result.json", result)
         write_report(folder)
