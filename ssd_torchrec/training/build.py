@@ -24,14 +24,13 @@ def build(config: RunConfig, meta: DatasetMeta, world: World) -> Trainable:
     """
     if config.training.precision == "bf16" and world.device.type != "cuda":
         raise ConfigError("training.precision bf16 is for CUDA, this run is on the CPU; take fp32")
-    split = world.size > 1 or config.sharding.sharding not in ("auto", "none")
     tables = TablesConfig(num_item_rows=meta.num_table_rows, first_item=meta.first_item, context=meta.context)
     torch.manual_seed(seed_of("weights", config.training.seed))
     model = NextItemModel(
         tables,
         TiM4Rec(config.encoder),
         FullSoftmaxLoss(world.size),
-        table_device="meta" if split else world.device,
+        table_device="meta",  # `shard` allocates and fills them; real ones would draw from the generator meanwhile
         autocast_dtype=AUTOCAST[config.training.precision],
     )
     return shard(

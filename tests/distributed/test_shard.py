@@ -130,6 +130,6 @@ def test_splitting_without_a_group_is_refused(alone):
 
 
 def test_tables_that_do_not_fit_the_memory_are_refused(group_of_one, monkeypatch):
-    monkeypatch.setattr(plan, "RESERVED_MEMORY", 1.0)
+    monkeypatch.setattr(plan, "RESERVED_MEMORY", 1 - 1e-9)
     with pytest.raises(ConfigError, match="must fit the memory of 1 ranks"):
         trainable(group_of_one, ShardingConfig(sharding="row_wise"))
