@@ -4,7 +4,7 @@ import pytest
 import torch
 from torchrec import EmbeddingBagConfig, EmbeddingConfig
 
-from ssd_torchrec.distributed.plan import ShardingConfig, resolve
+from ssd_torchrec.distributed.plan import LEARNING_RATE, ShardingConfig, resolve
 from ssd_torchrec.errors import ConfigError
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
@@ -31,7 +31,7 @@ def test_one_process_keeps_tables_whole_under_the_papers_optimizer():
 def test_two_processes_on_cpu_split_events_by_rows_and_leave_bags_whole():
     resolved = resolve(ShardingConfig(), TABLES, 2, CPU)
     assert resolved.by_table == {"item": "row_wise", "segment": "table_wise"}
-    assert (resolved.optimizer, resolved.learning_rate) == ("rowwise_adagrad", 0.02)
+    assert (resolved.optimizer, resolved.learning_rate) == ("rowwise_adagrad", LEARNING_RATE["rowwise_adagrad"])
 
 
 def test_gpus_split_all_by_rows_under_adam():
