@@ -7,6 +7,7 @@ at any time. The page holds everything it needs: pictures are inline SVG, nothin
 import html
 import io
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,13 @@ from ssd_torchrec.training.metrics import CUTOFFS, SELECTION_METRIC
 from ssd_torchrec.training.tracking import read_metrics
 
 METRICS = [f"{metric}@{k}" for k in CUTOFFS for metric in ("hr", "ndcg", "mrr")]
+PLAIN_WIDTH = 100  # where output is collected: all columns fit, and no terminal wraps them
 SPLITS = {"valid": "Validation", "test": "Test"}
 JUDGES = {
-    "no time gate": "without_time",
+    "no gate": "without_time",
     "most popular": "most_popular",
-    "best, time-blind": "attainable_without_time",
-    "best possible": "attainable",
+    "best blind": "attainable_without_time",
+    "best": "attainable",
 }
 FACTS = {
     "model": "model",
@@ -64,8 +66,8 @@ def comparison(result: Mapping[str, Any], split: str) -> tuple[list[str], list[l
     for name, key in JUDGES.items():
         if (known := result.get(key)) and split in known:
             scores[name] = known[split]
-    best = scores.get("best possible")
-    judged = [name for name in ("model", "no time gate") if best and name in scores]
+    best = scores.get("best")
+    judged = [name for name in ("model", "no gate") if best and name in scores]
     header = ["", *scores, *(f"{name} / best" for name in judged)]
     rows = []
     for metric in METRICS:
@@ -77,7 +79,7 @@ def comparison(result: Mapping[str, Any], split: str) -> tuple[list[str], list[l
 
 def print_results(result: Mapping[str, Any], console: Console | None = None) -> None:
     """Print a table for validation and one for test: hit rate, NDCG and MRR at each cutoff, see `comparison`."""
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     for split, title in SPLITS.items():
         if split in result:
             header, rows = comparison(result, split)
@@ -147,7 +149,7 @@ def _validation_curve(validations: Sequence[Mapping[str, Any]], result: Mapping[
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel=SELECTION_METRIC.upper())
     axes.plot(*_series(validations, SELECTION_METRIC), marker="o", markersize=3, label="model")
-    for name, style in {"best possible": "--", "most popular": ":"}.items():
+    for name, style in {"best": "--", "most popular": ":"}.items():
         if known := result.get(JUDGES[name]):
             axes.axhline(known["valid"][SELECTION_METRIC], color="grey", linestyle=style, label=name)
     axes.set_ylim(bottom=0)
