@@ -8,7 +8,6 @@ row's first event is its tail, the last K-1 inputs before it, oldest first: 0 if
 Source: Dao & Gu 2024, arXiv:2405.21060, section 7.1, with the padding of each row its own.
 """
 
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -39,18 +38,18 @@ def short_conv_definition(
     """The definition, one event at a time: any device, any dtype, differentiable; in fp64 the truth."""
     taps = weight.shape[1]
     nothing = torch.stack([t[:0].sum() for t in (x, weight, tail) if t is not None]).sum()  # 0, and in every graph
+    pasts = x.new_zeros(layout.num_rows, taps - 1, x.shape[1]) if tail is None else tail.to(x.dtype)
     y, tails = [], []
-    for row, (start, stop) in enumerate(pairwise(layout.offsets.tolist())):
-        past = x.new_zeros(taps - 1, x.shape[1]) if tail is None else tail[row].to(x.dtype)
-        inputs = torch.cat([past, x[start:stop].flip(0) if reverse else x[start:stop]])
-        outputs = [(weight.T * inputs[t : t + taps]).sum(0) for t in range(stop - start)]
+    for past, row in zip(pasts.unbind(), x.split(layout.offsets.diff().tolist()), strict=True):
+        inputs = torch.cat([past, row.flip(0) if reverse else row])
+        outputs = [(weight.T * inputs[t : t + taps]).sum(0) for t in range(len(row))]
         y += reversed(outputs) if reverse else outputs
-        tails.append(inputs[stop - start :] + nothing)
+        tails.append(inputs[len(row) :] + nothing)
     out = torch.stack(y) if y else x + nothing
     out = _ACTIVATIONS[activation](out if bias is None else out + bias).to(x.dtype)
     if not return_tail:
         return out
-    return out, torch.stack(tails) if tails else x.new_zeros(0, taps - 1, x.shape[1]) + nothing
+    return out, torch.stack(tails) if tails else pasts + nothing
 
 
 class _Windows(torch.autograd.Function):

@@ -43,24 +43,24 @@ def ssd_scan_definition(
     """The definition, one event at a time: any device, any dtype, differentiable; in fp64 the truth."""
     delta = _step(dt, dt_bias)
     decay = (delta * A).exp()[..., None, None]  # (T, H, 1, 1)
-    B_heads, C_heads = (t.repeat_interleave(x.shape[1] // t.shape[1], dim=1) for t in (B, C))  # (T, H, N)
-    given = [x, decay, B, C] if initial_state is None else [x, decay, B, C, initial_state]
-    nothing = torch.stack([t[:0].sum() for t in given]).sum()  # 0, and in the graph of every input
+    share = x.shape[1] // B.shape[1]  # heads of a group
+    B_heads, C_heads = (t.repeat_interleave(share, dim=1)[:, :, None] for t in (B, C))  # (T, H, 1, N)
+    initial = x.new_zeros(layout.num_rows, *x.shape[1:], B.shape[-1]) if initial_state is None else initial_state
+    nothing = torch.stack([t[:0].sum() for t in (x, decay, B, C, initial)]).sum()  # 0, and in the graph of every input
+    decays, entering, reading = decay.unbind(), ((delta[..., None] * x)[..., None] * B_heads).unbind(), C_heads.unbind()
     y, final = [], []
-    for row, (start, stop) in enumerate(pairwise(layout.offsets.tolist())):
-        state = x.new_zeros(*x.shape[1:], B.shape[-1]) if initial_state is None else initial_state[row]
+    for state, (start, stop) in zip(initial.unbind(), pairwise(layout.offsets.tolist()), strict=True):
         outputs = []
         for t in range(stop - 1, start - 1, -1) if reverse else range(start, stop):
-            state = decay[t] * state + (delta[t, :, None] * x[t])[..., None] * B_heads[t, :, None]
-            outputs.append((state * C_heads[t, :, None]).sum(-1))
+            state = decays[t] * state + entering[t]
+            outputs.append((state * reading[t]).sum(-1))
         y += reversed(outputs) if reverse else outputs
         final.append(state + nothing)
     out = torch.stack(y) if y else x + nothing
     out = _skip_and_gate(out, x, D, z).to(x.dtype)
     if not return_final_state:
         return out
-    no_rows = x.new_zeros(0, *x.shape[1:], B.shape[-1]) + nothing
-    return out, (torch.stack(final) if final else no_rows).to(sum_dtype(x))
+    return out, (torch.stack(final) if final else initial + nothing).to(sum_dtype(x))
 
 
 def ssd_scan_chunked(
