@@ -26,11 +26,10 @@ def batch(rows: list[list[int]], segments: list[list[int]], global_targets: int 
     items = torch.tensor([i for row in history for i in row], dtype=torch.int64)
     target = torch.tensor([i - FIRST for row in rows for i in row[1:]], dtype=torch.int64)
     candidates = torch.arange(FIRST, ROWS)
+    bags = torch.tensor([i for bag in segments for i in bag], dtype=torch.int64)
     features = KeyedJaggedTensor(
         keys=["item", "timestamp", "candidate", "segment"],
-        values=torch.cat(
-            [items, 1000 * torch.arange(len(items)), candidates, torch.tensor(sum(segments, []), dtype=torch.int64)]
-        ),
+        values=torch.cat([items, 1000 * torch.arange(len(items)), candidates, bags]),
         lengths=torch.tensor([*lengths, *lengths, len(candidates), *[0] * (len(rows) - 1), *map(len, segments)]),
     )
     return Batch(features, JaggedLayout.from_lengths(lengths), target, global_targets or len(target))

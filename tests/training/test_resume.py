@@ -1,7 +1,7 @@
 """A run that was stopped and one that was killed, each resumed, end in the figures of the run that was neither.
 
-One run of the command line is compared with another, from outside: the second is sent SIGTERM, resumed, killed with SIGKILL
-at a random step, and resumed again. Its checkpoint is then evaluated by one process, whoever trained it.
+One run of the command line is compared with another, from outside: the second is sent SIGTERM, resumed, killed with
+SIGKILL at a random step, and resumed again. Its checkpoint is then evaluated by one process, whoever trained it.
 """
 
 import json
@@ -20,8 +20,8 @@ from ssd_torchrec.data.synthetic import SyntheticConfig
 
 STEPS_AN_EPOCH = 5
 EPOCHS = 3
-OPTIONS = ["--encoder.width", "16", "--encoder.head-width", "8", "--encoder.state", "8", "--data.tokens-per-batch", "1024"]
-OPTIONS += ["--training.epochs", str(EPOCHS), "--training.checkpoint-every", "2", "--training.log-every", "1"]
+OPTIONS = f"""--encoder.width 16 --encoder.head-width 8 --encoder.state 8 --data.tokens-per-batch 1024
+    --training.epochs {EPOCHS} --training.checkpoint-every 2 --training.log-every 1""".split()
 
 
 @pytest.fixture(scope="module")
