@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd_torchrec.encoders.encoder import StreamingEncoder
-from ssd_torchrec.errors import ConfigError
+from ssd_torchrec.errors import ConfigError, JaggedLayoutError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.modules.feed_forward import FeedForward
 from ssd_torchrec.modules.short_conv import Activation, ConvInit
@@ -224,6 +224,7 @@ class TiM4Rec(StreamingEncoder[TiM4RecState]):
         return self._encode(events, timestamps, layout, None)[0]
 
     def initial_state(self, rows: int) -> TiM4RecState:
+        """Zeros: the state of rows that have seen nothing."""
         mixer, weight = self.config.mixer(), self.norm.weight
         layers, gates, tail = self.config.layers, len(self.time.gates) if self.time else 0, self.config.taps - 1
         seen = torch.zeros(rows, dtype=torch.int64, device=weight.device)
@@ -239,6 +240,16 @@ class TiM4Rec(StreamingEncoder[TiM4RecState]):
     def append(
         self, events: Tensor, timestamps: Tensor, layout: JaggedLayout, state: TiM4RecState
     ) -> tuple[Tensor, TiM4RecState]:
+        """Go on from `state`; see `StreamingEncoder.append`.
+
+        Raises:
+            JaggedLayoutError: events, timestamps or state are not those of `layout`.
+        """
+        if len(state.num_events) != layout.num_rows:
+            raise JaggedLayoutError(
+                f"state must hold the {layout.num_rows} rows of the layout, got {len(state.num_events)}; "
+                "give rows without new events a length of 0"
+            )
         out, mixers, gates = self._encode(events, timestamps, layout, state)
         rows = torch.arange(layout.num_rows, device=timestamps.device)
         newest = torch.where(layout.last_event >= 0, layout.last_event, layout.num_events + rows)

@@ -216,3 +216,10 @@ def test_events_and_timestamps_of_another_batch_are_refused():
     for wrong in ((events[:2], stamps), (events, stamps[:2])):
         with pytest.raises(JaggedLayoutError, match=r"events must be \(3, ...\)"):
             net(*wrong, layout)
+
+
+@pytest.mark.parametrize("rows", [1, 3])
+def test_a_state_of_other_rows_is_refused(rows):
+    net, (events, stamps, layout) = encoder(), history([3, 0])
+    with pytest.raises(JaggedLayoutError, match=f"state must hold the 2 rows of the layout, got {rows}"):
+        net.append(events, stamps, layout, net.initial_state(rows))
