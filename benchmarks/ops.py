@@ -2,7 +2,8 @@
 
     python -m benchmarks.ops        prints the table and writes benchmarks/results/ops-cpu.md; takes a few minutes
 
-Every variant of a line runs once a round, in turn, so that a busy machine slows all of them; the table gives medians.
+Every variant of a line runs once a round, in turn and after a run that is not counted, so that a busy machine slows all
+of them alike; the table gives medians of the processor time.
 """
 
 import platform
@@ -127,14 +128,14 @@ def softmax_variants(candidates: int, queries: int = 4096) -> Variants:
 def median_ms(variants: Variants) -> dict[str, float]:
     """Median time of each variant; those that take over two seconds run once."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for round_ in range(ROUNDS + 1):  # the first warms up
+    for _ in range(ROUNDS):
         for name, run in variants.items():
-            if round_ > 1 and times[name][0] > 2000:
+            if times[name] and times[name][0] > 2000:
                 continue
-            start = time.perf_counter()
+            run()  # brings its memory and caches into the state that a training loop has
+            start = time.process_time()
             run()
-            if round_:
-                times[name].append(1e3 * (time.perf_counter() - start))
+            times[name].append(1e3 * (time.process_time() - start))
     return {name: statistics.median(taken) for name, taken in times.items()}
 
 
@@ -161,7 +162,7 @@ def main() -> None:
     torch.manual_seed(0)
     parts = [
         "# Operators on one CPU thread\n",
-        f"Milliseconds for forward and backward in fp32, medians; torch {torch.__version__}, {processor()}.",
+        f"Forward and backward in fp32, torch {torch.__version__}, {processor()}: processor time in ms, median of {ROUNDS}.",
         f"{ROWS} rows of at most 200 events. Behind each time its multiple of ours.\n",
     ]
     kinds = {

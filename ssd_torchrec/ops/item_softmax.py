@@ -8,7 +8,7 @@ Source: Bengio & Senécal 2008, Adaptive importance sampling, for log_q.
 """
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,23 +33,38 @@ def item_softmax_definition(
     return torch.where(target == -1, 0, logits.logsumexp(1) - chosen)
 
 
-def _tiles(queries: Tensor, candidates: Tensor) -> Iterator[tuple[slice, slice]]:
-    rows, columns = TILE["cuda" if queries.is_cuda else "cpu"]
-    for i in range(0, len(queries), rows):
-        for k in range(0, len(candidates), columns):
-            yield slice(i, i + rows), slice(k, k + columns)
+class _Tile(NamedTuple):
+    rows: slice
+    columns: slice
+    logits: Tensor  # of these rows and columns; the next tile takes their memory
+    column: Tensor  # (rows, 1) of each row's target in the tile, any if it is not there
+    inside: Tensor  # (rows,) whether it is there
 
 
-def _product(left: Tensor, right: Tensor) -> Tensor:
-    """left @ right, summed in fp32 or better; fp32 holds the product of two bf16 numbers exactly."""
-    if left.is_cuda and left.dtype == torch.bfloat16:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return left.to(sum_dtype(left)) @ right.to(sum_dtype(right))
+def _tiles(queries: Tensor, candidates: Tensor, target: Tensor, log_q: Tensor | None) -> Iterator[_Tile]:
+    M, K = len(queries), len(candidates)
+    height, width = TILE["cuda" if queries.is_cuda else "cpu"]
+    memory = queries.new_empty(min(height, M) * min(width, K), dtype=sum_dtype(queries))
+    for i in range(0, M, height):
+        for k in range(0, K, width):
+            rows, columns = slice(i, min(i + height, M)), slice(k, min(k + width, K))
+            shape = (rows.stop - i, columns.stop - k)
+            logits = memory[: shape[0] * shape[1]].view(shape)
+            _product(queries[rows], candidates[columns].T, out=logits)
+            if log_q is not None:
+                logits -= log_q[columns]
+            column = target[rows] - k
+            inside = (column >= 0) & (column < shape[1])
+            yield _Tile(rows, columns, logits, column.clamp(0, shape[1] - 1)[:, None], inside)
 
 
-def _logits(queries: Tensor, candidates: Tensor, log_q: Tensor | None) -> Tensor:
-    logits = _product(queries, candidates.T)
-    return logits if log_q is None else logits.sub_(log_q)
+def _product(left: Tensor, right: Tensor, out: Tensor, beta: float = 0) -> None:
+    """out = beta out + left @ right, summed in the dtype of `out`."""
+    if left.dtype == out.dtype:
+        out.addmm_(left, right, beta=beta)
+    else:
+        product = torch.mm(left, right, out_dtype=out.dtype)  # CUDA alone has it
+        out.copy_(product.add_(out, alpha=beta) if beta else product)
 
 
 class _ItemSoftmax(torch.autograd.Function):
@@ -60,11 +75,11 @@ class _ItemSoftmax(torch.autograd.Function):
         normaliser = queries.new_full((len(queries),), -torch.inf, dtype=torch.float64)  # many tiles round it once
         chosen = torch.full_like(normaliser, torch.nan)  # a target that no tile holds shows
         with as_given(queries):
-            for rows, columns in _tiles(queries, candidates):
-                logits = _logits(queries[rows], candidates[columns], None if log_q is None else log_q[columns])
-                normaliser[rows] = torch.logaddexp(normaliser[rows], logits.logsumexp(1).double())
-                column, inside = _column(target[rows], columns.start, logits.shape[1])
+            for rows, _, logits, column, inside in _tiles(queries, candidates, target, log_q):
                 chosen[rows] = torch.where(inside, logits.gather(1, column)[:, 0].double(), chosen[rows])
+                highest = logits.amax(1)
+                total = logits.sub_(highest[:, None]).exp_().sum(1)
+                normaliser[rows] = torch.logaddexp(normaliser[rows], total.log().double() + highest)
         dtype = sum_dtype(queries)
         ctx.save_for_backward(queries, candidates, target, log_q, normaliser.to(dtype))
         return torch.where(target == -1, 0, normaliser - chosen).to(dtype)
@@ -79,33 +94,26 @@ class _ItemSoftmax(torch.autograd.Function):
         dqueries, dcandidates = (torch.zeros_like(t, dtype=sum_dtype(t)) for t in (queries, candidates))
         dlog_q = None if log_q is None else torch.zeros_like(log_q)
         with as_given(queries):
-            for rows, columns in _tiles(queries, candidates):
-                logits = _logits(queries[rows], candidates[columns], None if log_q is None else log_q[columns])
+            for rows, columns, logits, column, inside in _tiles(queries, candidates, target, log_q):
                 dlogits = logits.sub_(normaliser[rows, None]).exp_()
-                column, inside = _column(target[rows], columns.start, logits.shape[1])
                 dlogits.scatter_add_(1, column, -inside[:, None].to(dlogits.dtype))
                 if dlog_q is not None:
                     dlog_q[columns] -= weight[rows] @ dlogits
                 dlogits = dlogits.to(queries.dtype)
-                dqueries[rows] += _product(dlogits, candidates[columns])
-                dcandidates[columns] += _product(dlogits.T, weighted[rows])
+                _product(dlogits, candidates[columns], out=dqueries[rows], beta=1)
+                _product(dlogits.T, weighted[rows], out=dcandidates[columns], beta=1)
         dqueries *= weight[:, None]
         return dqueries.to(queries.dtype), dcandidates.to(candidates.dtype), None, dlog_q
-
-
-def _column(target: Tensor, first: int, columns: int) -> tuple[Tensor, Tensor]:
-    """(M, 1) column of each target in a tile, any column for those outside; and (M,) which are inside."""
-    column = target - first
-    return column.clamp(0, columns - 1)[:, None], (column >= 0) & (column < columns)
 
 
 def item_softmax_tiled(queries: Tensor, candidates: Tensor, target: Tensor, *, log_q: Tensor | None = None) -> Tensor:
     """Tile by tile; under autocast the products take operands of its dtype."""
     device = queries.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else queries.dtype
-    asking = queries.masked_fill((target == -1)[:, None], 0)
-    log_q = None if log_q is None else log_q.to(sum_dtype(queries))
-    return _ItemSoftmax.apply(asking.to(dtype), candidates.to(dtype), target, log_q)
+    products = dtype if queries.is_cuda and dtype == torch.bfloat16 else sum_dtype(queries)  # both hold them exactly
+    queries = queries.masked_fill((target == -1)[:, None], 0)
+    operands = (t.to(dtype).to(products) for t in (queries, candidates))
+    return _ItemSoftmax.apply(*operands, target, None if log_q is None else log_q.to(sum_dtype(queries)))
 
 
 def item_softmax(queries: Tensor, candidates: Tensor, target: Tensor, *, log_q: Tensor | None = None) -> Tensor:

@@ -26,7 +26,7 @@ class _Decays(NamedTuple):
     """What is left of something after some events of a chunk, from 0 to 1."""
 
     between: Tensor  # (n, H, Q, Q) from event j to event i; 0 where i is before j
-    entering: Tensor  # (n, H, Q) from before the chunk to event i; 0 at padding
+    entering: Tensor  # (n, H, Q) from before the chunk to event i
     leaving: Tensor  # (n, H, Q) from event j to the chunk's end; 0 at padding
     whole: Tensor  # (n, H) from before the chunk to its end
 
@@ -70,7 +70,7 @@ def _decays(log_decay: Tensor, padding: Tensor) -> _Decays:
     last = total[..., -1:]
     spans = log_decay.new_empty(*total.shape, total.shape[-1])
     between = _exp(torch.sub(total[..., None], total[..., None, :], out=spans)).tril_()
-    entering = _exp(total.to(dtype)).masked_fill_(padding[:, None], 0)
+    entering = _exp(total.to(dtype))
     leaving = _exp((last - total).to(dtype)).masked_fill_(padding[:, None], 0)
     return _Decays(between, entering, leaving, _exp(last[..., 0].to(dtype)))
 
@@ -92,8 +92,9 @@ def _per_group(of_head: Tensor, groups: int) -> Tensor:
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """total += left @ right, in place; matrices in the last two of four dimensions."""
-    total.flatten(0, 1).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
+    """total += left @ right, in place; matrices in the last two of four dimensions, `total` contiguous."""
+    n, heads, *matrix = total.shape
+    total.view(n * heads, *matrix).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
 
 
 def _states(chunks: _Chunks, initial: Tensor | None, table: ChunkTable, keep_final: bool) -> tuple[Tensor, Tensor]:

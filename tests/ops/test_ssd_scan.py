@@ -144,6 +144,14 @@ def test_fp64_takes_the_definition(device):
     assert torch.equal(got, definition)
 
 
+@pytest.mark.parametrize("scan", PATHS.values(), ids=PATHS)
+def test_gate_and_skip_are_what_they_say(scan):
+    tensors, layout = scan_inputs([5, 2]), JaggedLayout.from_lengths([5, 2])
+    bare = call(scan, {name: t for name, t in tensors.items() if name not in ("D", "z")}, layout)
+    expected = (bare + tensors["D"][:, None] * tensors["x"]) * tensors["z"] * tensors["z"].sigmoid()
+    torch.testing.assert_close(call(scan, tensors, layout), expected)
+
+
 def test_dtypes_come_back_as_promised():
     tensors = {name: t.float() for name, t in scan_inputs([3]).items()}
     tensors |= {name: tensors[name].bfloat16() for name in ("x", "B", "C", "z")}  # as autocast leaves them
