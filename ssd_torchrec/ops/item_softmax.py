@@ -133,7 +133,8 @@ def item_softmax(queries: Tensor, candidates: Tensor, target: Tensor, *, log_q: 
         ShapeError: shapes do not fit each other, or a target is below -1 or above K-1. Targets are looked at on the CPU
             only: on CUDA a wrong one makes its loss NaN.
 
-    Deterministic. Takes the definition, logits and all, if `queries` is fp64; else it has no second derivative.
+    Deterministic. Takes the definition, all logits at once, if `queries` is fp64; else it has no second
+    derivative.
     """
     if queries.ndim != 2 or target.dtype != torch.int64:
         raise ShapeError(

@@ -58,17 +58,17 @@ class _Gradients(NamedTuple):
         return _Gradients(*(t[start:stop] for t in self))
 
     def log_decay(self) -> Tensor:
-        up_to = self.up_to.flip(-1).cumsum(-1).flip(-1)
-        beyond = self.beyond.cumsum(-1) - self.beyond
-        return up_to.add_(beyond).add_(self.whole[..., None])
+        ones = self.up_to.new_ones(self.up_to.shape[-1], self.up_to.shape[-1])
+        return self.up_to @ ones.tril() + self.beyond @ ones.triu(1) + self.whole[..., None]
 
 
 def _decays(log_decay: Tensor, padding: Tensor) -> _Decays:
     """Of (n, H, Q) log decays, 0 at padding. Sums of them meet as differences, so those are taken in fp64."""
-    dtype = log_decay.dtype
-    total = log_decay.cumsum(-1, dtype=torch.float64)  # of one row alone: another row's decays cannot cost digits
+    dtype, slots = log_decay.dtype, log_decay.shape[-1]
+    ones = log_decay.new_ones(slots, slots, dtype=torch.float64)
+    total = log_decay.double() @ ones.triu()  # deterministic, as cumsum on CUDA is not
     last = total[..., -1:]
-    spans = log_decay.new_empty(*total.shape, total.shape[-1])
+    spans = log_decay.new_empty(*total.shape, slots)
     between = _exp(torch.sub(total[..., None], total[..., None, :], out=spans)).tril_()
     entering = _exp(total.to(dtype))
     leaving = _exp((last - total).to(dtype)).masked_fill_(padding[:, None], 0)
@@ -76,7 +76,7 @@ def _decays(log_decay: Tensor, padding: Tensor) -> _Decays:
 
 
 def _exp(log_decay: Tensor) -> Tensor:
-    """exp of at most 0, as a parallel cumsum can rise; 0 where it would come near denormals, which are slow."""
+    """exp of at most 0, as rounded sums can rise; 0 where it would come near denormals, which are slow."""
     smallest = 4 * torch.finfo(log_decay.dtype).smallest_normal
     return torch.threshold_(log_decay.clamp(math.log(smallest), 0).exp_(), 2 * smallest, 0)
 

@@ -79,8 +79,10 @@ def ssd_scan_chunked(
     return_final_state: bool = False,
     chunk: int | None = None,
 ) -> Any:
-    """All rows at once, `chunk` events at a time: 16 where rows are at most 32 long, else 32, unless told."""
-    table = chunk_table(layout, chunk or (16 if layout.longest <= 32 else 32), reverse=reverse)
+    """All rows at once, `chunk` events at a time; if None, as many as measured best, see `benchmarks/ops.py`."""
+    state_is_small = x.shape[-1] * B.shape[-1] <= 1024  # made once a chunk: the larger it is, the longer chunks pay
+    chunk = chunk or (16 if state_is_small or layout.longest <= 32 else 32)
+    table = chunk_table(layout, chunk, reverse=reverse)
     dtype = sum_dtype(x)
     events = x.to(dtype)
     delta = _step(dt.to(dtype), dt_bias)
@@ -177,7 +179,8 @@ def ssd_scan(
         JaggedLayoutError: a tensor of events does not hold the events of `layout`.
         ShapeError: shapes do not fit each other, or `A` is above 0 (looked at on the CPU only: on CUDA it is trusted).
 
-    Deterministic; a row's result does not depend on the other rows. Has no second derivative unless `x` is fp64.
+    Deterministic; other rows change a row's result by rounding at most. Takes the definition if `x` is fp64; else it has
+    no second derivative.
     """
     _check(x, dt, A, B, C, layout, dt_bias, D, z, initial_state)
     scan = ssd_scan_definition if x.dtype == torch.float64 else ssd_scan_chunked
