@@ -143,7 +143,7 @@ def short_conv(
         ConfigError: the activation is none of the three, or `reverse` came with a tail: what follows a row's last event
             is not known when the row is, so backwards there is no stream to resume.
 
-    Deterministic; other rows change a row's result by rounding at most. Takes the definition if `x` is fp64; else it has
+    Deterministic; other rows change a row's result by rounding at most. Takes the definition if `x` is fp64; else has
     no second derivative.
     """
     layout.check(x)

@@ -179,7 +179,7 @@ def ssd_scan(
         JaggedLayoutError: a tensor of events does not hold the events of `layout`.
         ShapeError: shapes do not fit each other, or `A` is above 0 (looked at on the CPU only: on CUDA it is trusted).
 
-    Deterministic; other rows change a row's result by rounding at most. Takes the definition if `x` is fp64; else it has
+    Deterministic; other rows change a row's result by rounding at most. Takes the definition if `x` is fp64; else has
     no second derivative.
     """
     _check(x, dt, A, B, C, layout, dt_bias, D, z, initial_state)
