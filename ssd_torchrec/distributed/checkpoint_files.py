@@ -15,6 +15,7 @@ import json
 import os
 import pickle
 from collections.abc import Iterable, Mapping
+from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
 
@@ -50,6 +51,15 @@ _METADATA_CLASSES = {
 }
 
 
+def _member(kind: object, name: object) -> Any:
+    """Stands in for getattr, by which Python before 3.11.4 pickles members of an enumeration; gives nothing else."""
+    if not (isinstance(kind, type) and issubclass(kind, Enum) and isinstance(name, str) and name in kind.__members__):
+        raise CheckpointError(
+            f"{METADATA_FILE} must describe tensors only, got attribute {name} of {kind}; do not load this checkpoint"
+        )
+    return kind[name]
+
+
 class _MetadataUnpickler(pickle.Unpickler):
     """Knows what torch.distributed.checkpoint writes about tensors, and refuses every other name."""
 
@@ -60,6 +70,8 @@ class _MetadataUnpickler(pickle.Unpickler):
             return dtype
         if module_name.partition(".")[0] == "pathlib" and global_name.endswith("Path"):
             return PurePath  # where it was written; not used
+        if (module_name, global_name) == ("builtins", "getattr"):
+            return _member
         raise CheckpointError(
             f"{METADATA_FILE} must describe tensors only, got a reference to {module_name}.{global_name}; "
             "do not load this checkpoint"

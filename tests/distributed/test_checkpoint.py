@@ -5,6 +5,7 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -292,6 +293,35 @@ def test_metadata_that_would_run_code_is_refused(saved):
     path, t = saved
     signed_metadata(path, Harmful())
     with pytest.raises(CheckpointError, match=r"reference to posix\.system; do not load"):
+        load_checkpoint(path, t, vocabulary="words")
+
+
+class Python3_11_2(pickle.Pickler):
+    """Pickles members of enumerations as attributes, as Python did before 3.11.4."""
+
+    def reducer_override(self, member: object) -> Any:
+        return (getattr, (type(member), member.name)) if isinstance(member, Enum) else NotImplemented
+
+
+def test_metadata_written_by_an_older_python_loads(saved):
+    path, t = saved
+    metadata = checkpoint_files.read_metadata(path, checkpoint_files.files_of(path))
+    with (path / ".metadata").open("wb") as file:
+        Python3_11_2(file).dump(metadata)
+    assert b"getattr" in (path / ".metadata").read_bytes()
+    rewritten(path, files={name: checkpoint_files.digest(path / name) for name in checkpoint_files.files_of(path)})
+    load_checkpoint(path, t, vocabulary="words")
+
+
+class Attribute:
+    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
+        return getattr, (torch.Size, "__class__")
+
+
+def test_metadata_that_reaches_for_any_other_attribute_is_refused(saved):
+    path, t = saved
+    signed_metadata(path, Attribute())
+    with pytest.raises(CheckpointError, match=r"attribute __class__ of .*; do not load"):
         load_checkpoint(path, t, vocabulary="words")
 
 
