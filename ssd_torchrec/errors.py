@@ -29,5 +29,9 @@ class DivergedError(SSDTorchRecError, ArithmeticError):
     """The loss stopped being finite on at least one rank."""
 
 
+class Interrupted(SSDTorchRecError, RuntimeError):
+    """A run was asked to stop; it saved and can be resumed."""
+
+
 class DoubleBackwardError(SSDTorchRecError, RuntimeError):
     """A kernel's gradient was to be differentiated again."""

@@ -151,7 +151,7 @@ def load_checkpoint(
         else:
             raise CheckpointError(
                 f"{path} must have been trained with the optimizer of this run, its {part} with {saved_by}, now {now}; "
-                f"set the optimizer to {saved_by}, or reset the optimizer to start its state anew"
+                f"set the optimizer to {saved_by}, or start its state anew with --training.reset-optimizer"
             )
     _read(path, wanted, info)
     after_loading(trainable)

@@ -17,15 +17,11 @@ from torch import Tensor
 
 from ssd_torchrec.data.batch import Batch
 from ssd_torchrec.distributed.tables import seed_of
-from ssd_torchrec.errors import SSDTorchRecError
+from ssd_torchrec.errors import Interrupted
 from ssd_torchrec.training.config import TrainingConfig
 from ssd_torchrec.training.interrupt import StopRequest
 from ssd_torchrec.training.metrics import SELECTION_METRIC
 from ssd_torchrec.training.schedule import learning_rate_factor
-
-
-class Interrupted(SSDTorchRecError):
-    """The run was asked to stop; it saved and can be resumed."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -46,7 +46,7 @@ def test_loss_is_the_mean_cross_entropy_over_all_items():
     queries = net.tower(embedded["item"].values(), net.contexts(users.features).values(), users)
     wanted = F.cross_entropy(queries @ embedded["candidate"].values().T, users.target)
     torch.testing.assert_close(loss, wanted)
-    assert local.tolist() == pytest.approx([float(wanted) * 9, 9.0])
+    assert local.tolist() == pytest.approx([wanted.item() * 9, 9.0])
 
 
 def test_shares_of_a_global_batch_add_up_to_it():

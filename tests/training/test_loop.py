@@ -8,9 +8,10 @@ from dataclasses import replace
 import pytest
 import torch
 
+from ssd_torchrec.errors import Interrupted
 from ssd_torchrec.training.config import TrainingConfig
 from ssd_torchrec.training.interrupt import AGREE_EVERY
-from ssd_torchrec.training.loop import Interrupted, Position, Steps, TrainingLoop
+from ssd_torchrec.training.loop import Position, Steps, TrainingLoop
 
 BATCHES = 5  # of an epoch
 
