@@ -25,9 +25,3 @@ def word_of_rank_0(value: T) -> T:
     words: list[T] = [value]
     dist.broadcast_object_list(words, src=0)
     return words[0]
-
-
-def wait_for_all() -> None:
-    """Return once every rank has come here."""
-    if dist.is_initialized():
-        dist.barrier()

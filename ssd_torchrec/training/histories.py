@@ -8,13 +8,12 @@ from torch import Tensor
 from ssd_torchrec.data.batches import EvaluationBatches, Share, TrainingBatches
 from ssd_torchrec.data.generate import generate
 from ssd_torchrec.data.parquet import UserHistories, open_dataset
-from ssd_torchrec.data.schema import Scores
+from ssd_torchrec.data.schema import META_FILE, Scores
 from ssd_torchrec.data.split import Spans, Stage, spans_of
 from ssd_torchrec.data.statistics import item_counts
 from ssd_torchrec.data.synthetic import SyntheticConfig
-from ssd_torchrec.distributed.collectives import wait_for_all
-from ssd_torchrec.distributed.process import World
-from ssd_torchrec.errors import ConfigError
+from ssd_torchrec.distributed.process import World, all_or_none
+from ssd_torchrec.errors import ConfigError, DataError
 from ssd_torchrec.training.config import DataConfig, EvaluationConfig, RunConfig
 
 DEFAULT_DATA = "data/generated"  # below the output folder
@@ -69,7 +68,7 @@ def data_folder(config: RunConfig, world: World) -> Path:
     if config.data.path:
         return Path(config.data.path)
     folder = Path(config.output) / DEFAULT_DATA
-    if world.rank == 0 and not (folder / "meta.json").exists():
-        generate(SyntheticConfig(), folder)
-    wait_for_all()
+    with all_or_none(f"generating {folder}", DataError):
+        if world.rank == 0 and not (folder / META_FILE).exists():
+            generate(SyntheticConfig(), folder)
     return folder
