@@ -19,7 +19,7 @@ from ssd_torchrec.data.generate import generate
 from ssd_torchrec.data.synthetic import SyntheticConfig
 
 STEPS_AN_EPOCH = 5
-EPOCHS = 3
+EPOCHS = 6  # long enough that a signal sent in the first half finds the run still going
 OPTIONS = f"""--encoder.width 16 --encoder.head-width 8 --encoder.state 8 --data.tokens-per-batch 1024
     --training.epochs {EPOCHS} --training.checkpoint-every 2 --training.log-every 1""".split()
 
@@ -86,7 +86,7 @@ def test_a_stopped_and_killed_run_ends_as_one_that_was_not(processes, data, tmp_
     assert not (harmed / "result.json").exists()
 
     killed = start(processes, data, tmp_path, "harmed")
-    wait_for_step(harmed, random.randint(STEPS_AN_EPOCH + 1, EPOCHS * STEPS_AN_EPOCH - 3), killed)
+    wait_for_step(harmed, random.randint(STEPS_AN_EPOCH + 1, EPOCHS * STEPS_AN_EPOCH // 2), killed)
     kill(killed)
     assert not (harmed / "result.json").exists()
 
