@@ -4,7 +4,6 @@ One run of the command line is compared with another, from outside: the second i
 SIGKILL at a random step, and resumed again. Its checkpoint is then evaluated by one process, whoever trained it.
 """
 
-import json
 import os
 import random
 import signal
@@ -17,6 +16,7 @@ import pytest
 
 from ssd_torchrec.data.generate import generate
 from ssd_torchrec.data.synthetic import SyntheticConfig
+from tests.training.jobs import finish, logged, result, start
 
 STEPS_AN_EPOCH = 5
 EPOCHS = 6  # long enough that a signal sent in the first half finds the run still going
@@ -29,20 +29,6 @@ def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("data") / "generated"
     generate(SyntheticConfig(num_users=200), folder)
     return folder
-
-
-def start(processes: int, data: Path, output: Path, name: str) -> subprocess.Popen[str]:
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-    command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ssd_torchrec", "train", "tim4rec"]
-    command += ["--data.path", str(data), "--output", str(output), "--name", name, *OPTIONS]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-
-
-def finish(process: subprocess.Popen[str]) -> str:
-    printed, _ = process.communicate(timeout=240)
-    assert process.returncode == 0, printed[-3000:]
-    return printed
 
 
 def wait_for_step(folder: Path, step: int, process: subprocess.Popen[str]) -> None:
@@ -63,21 +49,12 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate(timeout=60)
 
 
-def result(folder: Path) -> dict:
-    return json.loads((folder / "result.json").read_text())
-
-
-def logged(folder: Path) -> list[dict]:
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "events_per_s"} for line in lines]
-
-
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_stopped_and_killed_run_ends_as_one_that_was_not(processes, data, tmp_path):
     unharmed, harmed = tmp_path / "unharmed", tmp_path / "harmed"
-    finish(start(processes, data, tmp_path, "unharmed"))
+    finish(start(processes, data, tmp_path, "unharmed", OPTIONS))
 
-    stopped = start(processes, data, tmp_path, "harmed")
+    stopped = start(processes, data, tmp_path, "harmed", OPTIONS)
     wait_for_step(harmed, 1, stopped)
     stopped.send_signal(signal.SIGTERM)
     stopped.communicate(timeout=120)
@@ -85,12 +62,12 @@ def test_a_stopped_and_killed_run_ends_as_one_that_was_not(processes, data, tmp_
     assert saved, "SIGTERM must leave a checkpoint"
     assert not (harmed / "result.json").exists()
 
-    killed = start(processes, data, tmp_path, "harmed")
+    killed = start(processes, data, tmp_path, "harmed", OPTIONS)
     wait_for_step(harmed, random.randint(STEPS_AN_EPOCH + 1, EPOCHS * STEPS_AN_EPOCH // 2), killed)
     kill(killed)
     assert not (harmed / "result.json").exists()
 
-    assert "going on from" in finish(start(processes, data, tmp_path, "harmed"))
+    assert "going on from" in finish(start(processes, data, tmp_path, "harmed", OPTIONS))
     for figures in ("valid", "test", "best_epoch", "most_popular"):
         assert result(harmed)[figures] == result(unharmed)[figures]
     assert logged(harmed) == logged(unharmed)

@@ -1,0 +1,28 @@
+"""One process and two train and evaluate alike, from the command line, also where a rank often gets no row at all."""
+
+import pytest
+
+from ssd_torchrec.data.generate import generate
+from ssd_torchrec.data.synthetic import SyntheticConfig
+from tests.training.jobs import finish, logged, result, start
+
+LONE_ROWS = 25  # events of a batch: most histories are longer, and so a batch of their own
+OPTIONS = f"""--encoder.width 16 --encoder.head-width 8 --encoder.state 8 --encoder.dropout 0 --encoder.time-dropout 0
+    --data.tokens-per-batch {LONE_ROWS} --training.epochs 2 --training.log-every 1 --sharding.optimizer rowwise_adagrad
+    """.split()
+
+
+def test_two_processes_end_where_one_does(tmp_path):
+    data = tmp_path / "data"
+    generate(SyntheticConfig(num_users=30), data)
+    jobs = {number: start(number, data, tmp_path, f"world-{number}", OPTIONS) for number in (1, 2)}
+    for job in jobs.values():
+        finish(job)
+    one, two = (logged(tmp_path / f"world-{number}") for number in jobs)
+    losses = [[line["loss_nats"] for line in lines if line["kind"] == "step"] for lines in (one, two)]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-5)
+    for stage in ("valid", "test"):
+        alone, shared = (result(tmp_path / f"world-{number}") for number in jobs)
+        assert alone[stage] == pytest.approx(shared[stage], abs=1e-12)
+    assert (alone["world_size"], shared["world_size"]) == (1, 2)
+    assert shared["sharding"]["item"].startswith("row_wise")
