@@ -162,6 +162,7 @@ def main() -> None:
     torch.manual_seed(0)
     parts = [
         "# Operators on one CPU thread\n",
+        "Printed by `python -m benchmarks.ops`.",
         f"Forward and backward in fp32, torch {torch.__version__}, {processor()}: processor ms, median of {ROUNDS}.",
         f"{ROWS} rows of at most 200 events. Behind each time its multiple of ours.\n",
     ]

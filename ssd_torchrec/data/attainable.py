@@ -17,10 +17,9 @@ from collections import defaultdict
 import numpy as np
 
 from ssd_torchrec.data.rows import Ints
-from ssd_torchrec.data.schema import Scores
+from ssd_torchrec.data.schema import CUTOFFS, Scores
 from ssd_torchrec.data.synthetic import Floats, Law, Sample
 
-CUTOFFS = (10, 20, 50)
 _CELLS_AT_ONCE = 2**22  # of (users, items) probabilities
 
 

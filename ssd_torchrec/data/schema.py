@@ -17,6 +17,7 @@ META_FILE = "meta.json"
 EVENT_COLUMNS = ("item", "timestamp")
 RESERVED = ("user_id", *EVENT_COLUMNS, "candidate")
 
+CUTOFFS = (10, 20, 50)  # K of every ranking metric
 Scores = dict[str, dict[str, float]]  # {"valid": {"hr@10": ...}, "test": {...}}
 
 

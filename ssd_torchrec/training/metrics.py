@@ -8,21 +8,9 @@ and the ideal gain is 1.
 import torch
 from torch import Tensor
 
-CUTOFFS = (10, 20, 50)
+from ssd_torchrec.data.schema import CUTOFFS
+
 SELECTION_METRIC = "ndcg@10"  # what early stopping and "best" look at
-
-
-def rank_of_target(scores: Tensor, target: Tensor) -> Tensor:
-    """Rank of the wanted item, 1 the best; a tie counts against it.
-
-    Args:
-        scores: (M, V) one score per item, higher is better.
-        target: (M,) int64 the wanted column of `scores`.
-
-    Returns:
-        (M,) int64 in 1..V; a model that scores all items alike ranks every target V.
-    """
-    return (scores >= scores.gather(1, target[:, None])).sum(dim=1)
 
 
 def ranking_sums(rank: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ from rich.box import SIMPLE
 from rich.console import Console
 from rich.table import Table
 
-from ssd_torchrec.training.metrics import CUTOFFS, SELECTION_METRIC
+from ssd_torchrec.data.schema import CUTOFFS
+from ssd_torchrec.training.metrics import SELECTION_METRIC
 from ssd_torchrec.training.tracking import read_metrics
 
 METRICS = [f"{metric}@{k}" for k in CUTOFFS for metric in ("hr", "ndcg", "mrr")]

@@ -6,7 +6,6 @@ from torch import Tensor
 
 from ssd_torchrec.training import evaluate
 from ssd_torchrec.training.evaluate import Questions, rank_wanted
-from ssd_torchrec.training.metrics import rank_of_target
 
 NONE = torch.empty(0, dtype=torch.int64)
 
@@ -16,6 +15,18 @@ def catalogue_of(vectors: Tensor, chunk: int):
         return iter(vectors.split(chunk))
 
     return chunks
+
+
+def rank_of_target(scores: Tensor, target: Tensor) -> Tensor:
+    """The definition: (M, V) scores and (M,) wanted columns to (M,) ranks, 1 the best; a tie counts against it."""
+    return (scores >= scores.gather(1, target[:, None])).sum(dim=1)
+
+
+def test_a_tie_counts_against_the_target():
+    scores, wanted = torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.3, 0.3]]), torch.tensor([2, 0])
+    assert rank_of_target(scores, wanted).tolist() == [2, 3]
+    questions = Questions(torch.eye(2), wanted, NONE, NONE)
+    assert rank_wanted(questions, catalogue_of(scores.T.contiguous(), 2)).tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])

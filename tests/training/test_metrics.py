@@ -3,13 +3,8 @@ import math
 import pytest
 import torch
 
-from ssd_torchrec.training.metrics import means, rank_of_target, ranking_sums
+from ssd_torchrec.training.metrics import means, ranking_sums
 from ssd_torchrec.training.schedule import learning_rate_factor
-
-
-def test_a_tie_counts_against_the_target():
-    rank = rank_of_target(torch.tensor([[0.1, 0.9, 0.5], [0.3, 0.3, 0.3]]), torch.tensor([2, 0]))
-    assert rank.tolist() == [2, 3]
 
 
 def test_means_are_the_textbook_figures():
