@@ -23,7 +23,7 @@ STACKS = {  # torch, torchrec, fbgemm-gpu
     ("2.11", "1.6", "1.6"): "a supported stack",
     ("2.13", "1.6", "1.8"): "the older torchrec on the newer torch, tested on CPU",
 }
-PACKAGES = ("numpy", "pyarrow", "tyro", "rich", "tensorboard", "matplotlib")
+PACKAGES = ("numpy", "pyarrow", "duckdb", "tyro", "rich", "tensorboard", "matplotlib")
 REINSTALL = "pip install -r requirements/cpu.txt, or requirements/cuda.txt with an NVIDIA GPU"
 ONE_FBGEMM = f"pip uninstall -y fbgemm-gpu fbgemm-gpu-cpu, then {REINSTALL}"
 PROBE_TIMEOUT_S = 120
