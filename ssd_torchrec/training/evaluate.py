@@ -15,9 +15,8 @@ from torch import Tensor
 
 from ssd_torchrec.data.batch import Batch
 from ssd_torchrec.models.next_item import NextItemModel
+from ssd_torchrec.training.catalogue import QUERIES_PER_BLOCK, Seen, catalogue, with_first_item
 from ssd_torchrec.training.metrics import means, ranking_sums
-
-QUERIES_PER_BLOCK = 1024
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,8 +25,7 @@ class Questions:
 
     queries: Tensor  # (M, D) fp32
     wanted: Tensor  # (M,) int64
-    seen_query: Tensor  # (S,) int64 which query has seen...
-    seen_item: Tensor  # (S,) int64 ...which item; both empty where seen items stay in the ranking
+    seen: Seen  # empty where seen items stay in the ranking
 
 
 def evaluate(
@@ -60,10 +58,10 @@ def evaluate(
         with torch.no_grad():  # inference mode hides the keys under which FBGEMM registers its CPU lookups
             questions = _ask(model, batches, filter_seen)
 
-            def catalogue() -> Iterator[Tensor]:
-                return _catalogue(model, questions.queries.device, candidates_per_chunk)
+            def items() -> Iterator[Tensor]:
+                return catalogue(model, questions.queries.device, candidates_per_chunk)
 
-            ranks = rank_wanted(questions, catalogue)
+            ranks = rank_wanted(questions, items)
             counts = item_counts.to(questions.queries)[:, None]  # (V, 1): popularity is a catalogue of width 1
             blind = replace(questions, queries=torch.ones_like(questions.queries[:, :1]))
             popular = rank_wanted(blind, lambda: iter(counts.split(candidates_per_chunk)))
@@ -72,64 +70,52 @@ def evaluate(
         model.train(was_training)
 
 
-def rank_wanted(questions: Questions, catalogue: Callable[[], Iterator[Tensor]]) -> Tensor:
+def rank_wanted(questions: Questions, items: Callable[[], Iterator[Tensor]]) -> Tensor:
     """Rank of each wanted item, 1 the best, ties against it.
 
     Args:
-        catalogue: each call gives the item vectors (chunk, D) again, in order from item 0.
+        items: each call gives the item vectors (chunk, D) again, in order from item 0.
 
     Returns:
         (M,) int64.
     """
+    blocks = list(_blocks(questions))
     wanted_score = torch.full_like(questions.queries[:, 0], -torch.inf)
-    for first, vectors in _with_offsets(catalogue()):
-        for block in _blocks(questions):
+    for first, vectors in with_first_item(items()):
+        for block in blocks:
             inside = (block.wanted >= first) & (block.wanted < first + len(vectors))
             scores = block.queries @ vectors.T
             column = torch.where(inside, block.wanted - first, 0)
             found = scores.gather(1, column[:, None])[:, 0]
-            at = slice(block.start, block.start + len(block.queries))
-            wanted_score[at] = torch.where(inside, found, wanted_score[at])
+            wanted_score[block.at] = torch.where(inside, found, wanted_score[block.at])
     rank = torch.zeros_like(questions.wanted)
-    for first, vectors in _with_offsets(catalogue()):
-        for block in _blocks(questions):
+    for first, vectors in with_first_item(items()):
+        for block in blocks:
             scores = block.queries @ vectors.T
-            at = slice(block.start, block.start + len(block.queries))
-            _drop_seen(scores, questions, block, first)
-            rank[at] += (scores >= wanted_score[at, None]).sum(1)
+            block.seen.drop_from(scores, first, block.wanted)
+            rank[block.at] += (scores >= wanted_score[block.at, None]).sum(1)
     return rank
 
 
 @dataclass(frozen=True, eq=False)
 class _Block:
-    start: int
+    at: slice
     queries: Tensor
     wanted: Tensor
+    seen: Seen
 
 
 def _blocks(questions: Questions) -> Iterator[_Block]:
     for start in range(0, len(questions.queries), QUERIES_PER_BLOCK):
         at = slice(start, start + QUERIES_PER_BLOCK)
-        yield _Block(start, questions.queries[at], questions.wanted[at])
-
-
-def _drop_seen(scores: Tensor, questions: Questions, block: _Block, first: int) -> None:
-    """Score what a user has seen below everything, in place; what is wanted stays, seen or not."""
-    row, column = questions.seen_query - block.start, questions.seen_item - first
-    here = (row >= 0) & (row < len(scores)) & (column >= 0) & (column < scores.shape[1])
-    row, column = row[here], column[here]
-    keep = column + first != block.wanted[row]
-    scores[row[keep], column[keep]] = -torch.inf
+        seen = questions.seen.of_queries(at.start, at.stop)
+        yield _Block(at, questions.queries[at], questions.wanted[at], seen)
 
 
 def _ask(model: NextItemModel, batches: Iterable[Batch], filter_seen: bool) -> Questions:
     device = next(model.tower.parameters()).device
-    parts = [
-        Questions(
-            torch.empty(0, model.tower.encoder.width, device=device),
-            *(torch.empty(0, dtype=torch.int64, device=device) for _ in range(3)),
-        )
-    ]
+    nobody = torch.empty(0, dtype=torch.int64, device=device)
+    parts = [Questions(torch.empty(0, model.tower.encoder.width, device=device), nobody, Seen.none(device))]
     asked = 0
     for batch in batches:
         queries = model.last_queries(batch)
@@ -137,27 +123,12 @@ def _ask(model: NextItemModel, batches: Iterable[Batch], filter_seen: bool) -> Q
         wanted = torch.full_like(last, -1)
         wanted[last >= 0] = batch.target[last[last >= 0]]
         rows = (wanted >= 0).nonzero()[:, 0]
-        seen_query, seen_item = rows[:0], rows[:0]
+        seen = Seen.none(device)
         if filter_seen:
-            query_of_row = torch.full_like(last, -1).index_copy(0, rows, torch.arange(len(rows), device=rows.device))
-            query_of_event = query_of_row[batch.layout.row_of_event]
-            item = batch.features["item"].values() - model.tables.first_item
-            counted = (query_of_event >= 0) & (item >= 0)
-            seen_query, seen_item = query_of_event[counted] + asked, item[counted]
-        parts.append(Questions(queries[rows], wanted[rows], seen_query, seen_item))
+            numbers = torch.arange(asked, asked + len(rows), device=device)
+            query_of_row = torch.full_like(last, -1).index_copy(0, rows, numbers)
+            seen = Seen.of(batch, query_of_row, model.tables.first_item)
+        parts.append(Questions(queries[rows], wanted[rows], seen))
         asked += len(rows)
-    fields = zip(*((p.queries, p.wanted, p.seen_query, p.seen_item) for p in parts), strict=True)
-    return Questions(*(torch.cat(field) for field in fields))
-
-
-def _catalogue(model: NextItemModel, device: torch.device, chunk: int) -> Iterator[Tensor]:
-    first, stop = model.tables.first_item, model.tables.num_item_rows
-    for start in range(first, stop, chunk):
-        yield model.item_vectors(torch.arange(start, min(start + chunk, stop), device=device)).float()
-
-
-def _with_offsets(chunks: Iterator[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    first = 0
-    for chunk in chunks:
-        yield first, chunk
-        first += len(chunk)
+    queries, wanted = (torch.cat(field) for field in zip(*((p.queries, p.wanted) for p in parts), strict=True))
+    return Questions(queries, wanted, Seen.joined(p.seen for p in parts))

@@ -1,0 +1,83 @@
+"""The catalogue passing by in chunks, for whoever scores all of it, and what of it each query is not to get.
+
+A (queries, items) score matrix is never whole: queries come in blocks, items in chunks, and one product of the two is
+held at a time. Items count from 0 at the first real item; mask and out-of-vocabulary rows are no items.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssd_torchrec.data.batch import Batch
+from ssd_torchrec.models.next_item import NextItemModel
+
+QUERIES_PER_BLOCK = 1024
+
+
+@dataclass(frozen=True, eq=False)
+class Seen:
+    """S pairs of a query and an item of its history."""
+
+    query: Tensor  # (S,) int64, ascending
+    item: Tensor  # (S,) int64
+
+    @classmethod
+    def none(cls, device: torch.device | None = None) -> "Seen":
+        return cls(*(torch.empty(0, dtype=torch.int64, device=device) for _ in range(2)))
+
+    @classmethod
+    def of(cls, batch: Batch, query_of_row: Tensor, first_item: int) -> "Seen":
+        """What the rows of a batch hold.
+
+        Args:
+            query_of_row: (B,) int64 ascending but for -1, which stands for a row that asks nothing.
+            first_item: table row of item 0.
+        """
+        query = query_of_row[batch.layout.row_of_event]
+        item = batch.features["item"].values() - first_item
+        counted = (query >= 0) & (item >= 0)
+        return cls(query[counted], item[counted])
+
+    @classmethod
+    def joined(cls, parts: Iterable["Seen"]) -> "Seen":
+        """Parts whose queries ascend from one to the next."""
+        columns = zip(*((part.query, part.item) for part in parts), strict=True)
+        return cls(*(torch.cat(column) for column in columns))
+
+    def of_queries(self, first: int, stop: int) -> "Seen":
+        """The pairs of the queries first..stop-1, counted from 0 at `first`."""
+        bounds = torch.tensor([first, stop], device=self.query.device)
+        begin, end = torch.searchsorted(self.query, bounds).tolist()
+        return Seen(self.query[begin:end] - first, self.item[begin:end])
+
+    def drop_from(self, scores: Tensor, first_item: int, wanted: Tensor | None = None) -> None:
+        """Score what has been seen below everything, in place.
+
+        Args:
+            scores: (M, C) of the items from `first_item` on.
+            wanted: (M,) items that stay, seen or not.
+        """
+        column = self.item - first_item
+        here = (column >= 0) & (column < scores.shape[1])
+        row, column = self.query[here], column[here]
+        if wanted is not None:
+            dropped = column + first_item != wanted[row]
+            row, column = row[dropped], column[dropped]
+        scores[row, column] = -torch.inf
+
+
+def catalogue(model: NextItemModel, device: torch.device, items_per_chunk: int) -> Iterator[Tensor]:
+    """Item vectors (C, D) fp32 in order from item 0. Collective when the table is sharded: every rank draws all."""
+    first, stop = model.tables.first_item, model.tables.num_item_rows
+    for start in range(first, stop, items_per_chunk):
+        yield model.item_vectors(torch.arange(start, min(start + items_per_chunk, stop), device=device)).float()
+
+
+def with_first_item(chunks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
+    """Each chunk of the catalogue with the number of its first item."""
+    first = 0
+    for chunk in chunks:
+        yield first, chunk
+        first += len(chunk)
