@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 
 from ssd_torchrec.data.rows import Ints, Jagged, Rows
-from ssd_torchrec.data.schema import EVENT_COLUMNS, DatasetMeta
+from ssd_torchrec.data.schema import EVENT_COLUMNS, RAW_USER_ID, DatasetMeta
 from ssd_torchrec.errors import DataError
 
 _PREPARE_AGAIN = "prepare the data set again"
@@ -30,10 +30,10 @@ def check_schema(schema: pa.Schema, meta: DatasetMeta, file: str) -> None:
         DataError: a column is missing or of another type.
     """
     _check_column(schema, "user_id", "int64", pa.types.is_int64, file)
-    for name in (*EVENT_COLUMNS, *meta.context):
+    if meta.raw_user_type == "string":
+        _check_column(schema, RAW_USER_ID, "string", _is_string, file)
+    for name in (*EVENT_COLUMNS, *meta.context, *meta.event_columns):
         _check_column(schema, name, "list<int64>", _is_list_of_int64, file)
-    for name in meta.event_columns:
-        _check_column(schema, name, "a list", _is_list, file)
 
 
 def check_nulls(column: pa.Array, name: str, place: Place) -> None:
@@ -71,7 +71,7 @@ def check_rows(rows: Rows, meta: DatasetMeta, place: Place) -> None:
     """Refuse values that no batch may hold.
 
     Raises:
-        DataError: an id outside the table or a bag's range, a mask, a negative or falling timestamp.
+        DataError: an id outside the table or its column's range, a mask, a negative or falling timestamp.
     """
     table_rows = _Range(
         1,
@@ -81,10 +81,11 @@ def check_rows(rows: Rows, meta: DatasetMeta, place: Place) -> None:
     )
     table_rows.check(Jagged(rows.item, rows.offsets), rows, place)
     _check_timestamps(rows, place)
-    for name, count in meta.context.items():
+    further = rows.context | {name: Jagged(ids, rows.offsets) for name, ids in rows.event_columns.items()}
+    for name, count in {**meta.context, **meta.event_columns}.items():
         holds = f"{name} must be ids 0..{count - 1} as meta.json says"
         mend = f"correct the ids, or the count of {name} in meta.json, and {_PREPARE_AGAIN}"
-        _Range(0, count, holds, mend).check(rows.context[name], rows, place)
+        _Range(0, count, holds, mend).check(further[name], rows, place)
 
 
 def _check_timestamps(rows: Rows, place: Place) -> None:
@@ -135,6 +136,10 @@ def _check_column(schema: pa.Schema, name: str, expected: str, holds, file: str)
 
 def _is_list(kind: pa.DataType) -> bool:
     return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
+def _is_string(kind: pa.DataType) -> bool:
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
 
 
 def _is_list_of_int64(kind: pa.DataType) -> bool:

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from ssd_torchrec.data.checks import Place, check_equal_lengths, check_nulls, check_rows, check_schema
 from ssd_torchrec.data.fingerprint import Fingerprint
 from ssd_torchrec.data.rows import Ints, Jagged, Rows, offsets_of
-from ssd_torchrec.data.schema import EVENT_COLUMNS, META_FILE, DatasetMeta
+from ssd_torchrec.data.schema import EVENT_COLUMNS, META_FILE, RAW_USER_ID, DatasetMeta
+from ssd_torchrec.data.values import Values, load_values, values_hash
 from ssd_torchrec.data.vocabulary import Vocabulary
 from ssd_torchrec.errors import DataError
 
@@ -46,10 +47,19 @@ class UserHistories:
             DataError: the file was changed since the data set was opened.
         """
         rows = _read(self.fragments[row_group], self.meta)
-        first, stop = self.row_group_offsets[row_group : row_group + 2]
-        if not np.array_equal(rows.lengths, self.counts[first:stop]):
-            raise DataError(f"{_place(self.fragments[row_group])} changed since it was opened; open the data set again")
+        self._check_unchanged(row_group, np.array_equal(rows.lengths, self.counts[slice(*self._span(row_group))]))
         return rows
+
+    def raw_user_ids(self, row_group: int) -> pa.Array:
+        """What the users of one row group are called in the log: int64, or large strings.
+
+        Raises:
+            DataError: the file was changed since the data set was opened.
+        """
+        ids = _read_raw_user_ids(self.fragments[row_group], self.meta)
+        first, stop = self._span(row_group)
+        self._check_unchanged(row_group, len(ids) == stop - first)
+        return ids
 
     def vocabulary(self) -> Vocabulary:
         """What gave out the table rows.
@@ -65,9 +75,33 @@ class UserHistories:
             )
         return vocabulary
 
+    def values(self) -> Values:
+        """What the ids of context and event columns mean, where the data set says so.
+
+        Raises:
+            DataError: values.parquet is missing, or is not the one that the rows were made with.
+        """
+        if not self.meta.values_hash:
+            return {}
+        values = load_values(self.folder)
+        if values_hash(values) != self.meta.values_hash:
+            raise DataError(
+                f"{self.folder}: values must have the hash {self.meta.values_hash} of meta.json, got "
+                f"{values_hash(values)}; copy them from where the data set was prepared"
+            )
+        return values
+
     def __iter__(self) -> Iterator[Rows]:
         """Row group after row group, in the order of the files."""
         return map(self.read, range(self.num_row_groups))
+
+    def _span(self, row_group: int) -> tuple[int, int]:
+        """First row of a row group, and the one after its last."""
+        return int(self.row_group_offsets[row_group]), int(self.row_group_offsets[row_group + 1])
+
+    def _check_unchanged(self, row_group: int, unchanged: bool) -> None:
+        if not unchanged:
+            raise DataError(f"{_place(self.fragments[row_group])} changed since it was opened; open the data set again")
 
 
 def open_dataset(folder: Path | str) -> UserHistories:
@@ -87,7 +121,7 @@ def open_dataset(folder: Path | str) -> UserHistories:
     for fragment in fragments:
         rows = _read(fragment, meta)
         check_rows(rows, meta, _place(fragment))
-        fingerprint.update(rows)
+        fingerprint.update(rows, _read_raw_user_ids(fragment, meta) if meta.raw_user_type == "string" else None)
         counts.append(rows.lengths)
     fingerprint.check(meta, folder)
     every_count = np.concatenate([np.zeros(0, np.int64), *counts])
@@ -109,7 +143,27 @@ def _fragments(folder: Path, meta: DatasetMeta) -> Iterator[ds.ParquetFileFragme
 
 
 def _read(fragment: ds.ParquetFileFragment, meta: DatasetMeta) -> Rows:
-    names = ["user_id", *EVENT_COLUMNS, *meta.event_columns, *meta.context]
+    columns = _columns(fragment, ["user_id", *EVENT_COLUMNS, *meta.event_columns, *meta.context])
+    events = {name: columns[name].value_lengths().to_numpy() for name in (*EVENT_COLUMNS, *meta.event_columns)}
+    check_equal_lengths(events, _place(fragment))
+    return Rows(
+        user_id=columns["user_id"].to_numpy(),
+        item=columns["item"].flatten().to_numpy(),
+        timestamp=columns["timestamp"].flatten().to_numpy(),
+        offsets=offsets_of(events["item"]),
+        context={name: _as_jagged(columns[name]) for name in meta.context},
+        event_columns={name: columns[name].flatten().to_numpy() for name in meta.event_columns},
+    )
+
+
+def _read_raw_user_ids(fragment: ds.ParquetFileFragment, meta: DatasetMeta) -> pa.Array:
+    if meta.raw_user_type == "int64":
+        return _columns(fragment, ["user_id"])["user_id"]
+    return _columns(fragment, [RAW_USER_ID])[RAW_USER_ID].cast(pa.large_string())
+
+
+def _columns(fragment: ds.ParquetFileFragment, names: list[str]) -> dict[str, pa.Array]:
+    """Columns of a row group, without nulls."""
     place = _place(fragment)
     try:
         table = fragment.to_table(columns=names, use_threads=False)
@@ -118,15 +172,7 @@ def _read(fragment: ds.ParquetFileFragment, meta: DatasetMeta) -> Rows:
     columns = {name: _one_array(table[name]) for name in names}
     for name, column in columns.items():
         check_nulls(column, name, place)
-    events = {name: columns[name].value_lengths().to_numpy() for name in (*EVENT_COLUMNS, *meta.event_columns)}
-    check_equal_lengths(events, place)
-    return Rows(
-        user_id=columns["user_id"].to_numpy(),
-        item=columns["item"].flatten().to_numpy(),
-        timestamp=columns["timestamp"].flatten().to_numpy(),
-        offsets=offsets_of(events["item"]),
-        context={name: _as_jagged(columns[name]) for name in meta.context},
-    )
+    return columns
 
 
 def _one_array(column: pa.ChunkedArray) -> pa.Array:

@@ -37,13 +37,14 @@ class Jagged:
 
 @dataclass(frozen=True, eq=False)
 class Rows:
-    """R users, one row each; context columns hold a bag of ids a user."""
+    """R users, one row each; context columns hold a bag of ids a user, further event columns an id an event."""
 
     user_id: Ints  # (R,)
     item: Ints  # (E,)
     timestamp: Ints  # (E,)
     offsets: Ints  # (R+1,) of item and timestamp
     context: dict[str, Jagged] = field(default_factory=dict)
+    event_columns: dict[str, Ints] = field(default_factory=dict)  # (E,) each
 
     @property
     def num_rows(self) -> int:
@@ -67,24 +68,40 @@ class Rows:
             name: Jagged(bags.values[bags.offsets[first] : bags.offsets[stop]], _rebased(bags.offsets, first, stop))
             for name, bags in self.context.items()
         }
-        offsets = _rebased(self.offsets, first, stop)
-        return Rows(self.user_id[first:stop], self.item[events], self.timestamp[events], offsets, context)
+        return Rows(
+            user_id=self.user_id[first:stop],
+            item=self.item[events],
+            timestamp=self.timestamp[events],
+            offsets=_rebased(self.offsets, first, stop),
+            context=context,
+            event_columns={name: values[events] for name, values in self.event_columns.items()},
+        )
 
     def take(self, rows: Ints, events: Ints) -> "Rows":
         """The rows at these positions, in this order, each cut to its first `events` (one number a row)."""
         there = ranges(self.offsets[rows], events)
         context = {name: bags.take(rows) for name, bags in self.context.items()}
-        return Rows(self.user_id[rows], self.item[there], self.timestamp[there], offsets_of(events), context)
+        return Rows(
+            user_id=self.user_id[rows],
+            item=self.item[there],
+            timestamp=self.timestamp[there],
+            offsets=offsets_of(events),
+            context=context,
+            event_columns={name: values[there] for name, values in self.event_columns.items()},
+        )
 
     @staticmethod
     def concatenate(parts: list["Rows"]) -> "Rows":
-        """All rows of the parts, in order; parts share their context columns."""
+        """All rows of the parts, in order; parts share their context and event columns."""
         return Rows(
             user_id=_joined([part.user_id for part in parts]),
             item=_joined([part.item for part in parts]),
             timestamp=_joined([part.timestamp for part in parts]),
             offsets=offsets_of(_joined([part.lengths for part in parts])),
             context={name: Jagged.concatenate([part.context[name] for part in parts]) for name in parts[0].context},
+            event_columns={
+                name: _joined([part.event_columns[name] for part in parts]) for name in parts[0].event_columns
+            },
         )
 
 

@@ -1,24 +1,27 @@
 """What a data set says of itself: DIR/meta.json, beside DIR/users-*.parquet with one row a user.
 
 Parquet columns: user_id int64; item list<int64> of table rows; timestamp list<int64> of unix seconds, ascending;
-one list<int64> a context column, a bag of ids a user; one list a further event column, as long as item.
+one list<int64> a context column, a bag of ids a user; one list<int64> a further event column, as long as item, whose
+id 0 is unknown. Where users have strings for names, raw_user_id holds them and user_id counts the rows from 0.
 Table rows: 0 is the mask, 1..num_oov_buckets take unknown ids by hash, then come the items.
 """
 
 import json
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
 
 from ssd_torchrec.errors import DataError
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 META_FILE = "meta.json"
 EVENT_COLUMNS = ("item", "timestamp")
-RESERVED = ("user_id", *EVENT_COLUMNS, "candidate")
+RAW_USER_ID = "raw_user_id"
+RESERVED = ("user_id", RAW_USER_ID, *EVENT_COLUMNS, "candidate")
 
 CUTOFFS = (10, 20, 50)  # K of every ranking metric
 Scores = dict[str, dict[str, float]]  # {"valid": {"hr@10": ...}, "test": {...}}
+RawType = Literal["int64", "string"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,11 +49,23 @@ class DatasetMeta:
     item_vocabulary_hash: str
     """Content hash of the vocabulary that gave out the table rows; models and data of different hashes do not mix."""
 
+    raw_user_type: RawType = "int64"
+    """What users are called in the log: user_id itself, or the strings of raw_user_id."""
+
     context: dict[str, int] = field(default_factory=dict)
     """Context columns and the number of values of each: a bag holds ids 0..n-1."""
 
-    event_columns: list[str] = field(default_factory=list)
-    """Further columns that hold one value an event."""
+    event_columns: dict[str, int] = field(default_factory=dict)
+    """Further columns that hold one id an event, and the number of ids of each; 0 is for events without a value."""
+
+    values_hash: str = ""
+    """Content hash of values.parquet, which says what the ids of both kinds of columns mean; empty if nothing does."""
+
+    lengths: dict[str, float] = field(default_factory=dict)
+    """How many events rows have: least, quantiles, greatest and mean; empty without rows."""
+
+    gaps_s: dict[str, float] = field(default_factory=dict)
+    """The same of the seconds between neighbours in a row."""
 
     attainable: Scores | None = None
     """Best scores that generated data permits on its leave-one-out targets; none for real data."""
@@ -65,16 +80,10 @@ class DatasetMeta:
         for key, least in {"num_users": 0, "num_events": 0, "num_items": 1, "num_oov_buckets": 1}.items():
             if getattr(self, key) < least:
                 raise DataError(f"{key} must be at least {least}, got {getattr(self, key)}; prepare the data set again")
-        names = [*RESERVED, *self.context, *self.event_columns]
-        taken = sorted({name for name in names if names.count(name) > 1})
-        if taken:
-            raise DataError(
-                f"names of columns must differ from each other and from {list(RESERVED)}, got {taken} twice; "
-                "rename them and prepare the data set again"
-            )
-        empty = [name for name, count in self.context.items() if count < 1]
+        check_names([*self.context, *self.event_columns])
+        empty = [name for name, count in {**self.context, **self.event_columns}.items() if count < 1]
         if empty:
-            raise DataError(f"context columns {empty} must have at least 1 value; leave them out of the data set")
+            raise DataError(f"columns {empty} must have at least 1 value; leave them out of the data set")
 
     @property
     def first_item(self) -> int:
@@ -112,6 +121,11 @@ class DatasetMeta:
             raise DataError(
                 f"{file}: format_version must be at most {FORMAT_VERSION}, got {version}; upgrade ssd-torchrec"
             )
+        if isinstance(version, int) and version < FORMAT_VERSION:
+            raise DataError(
+                f"{file}: format_version must be {FORMAT_VERSION}, got {version} of an older ssd-torchrec; prepare the "
+                "data set again, or generate it again if `ssd-torchrec generate` made it"
+            )
         known = {f.name for f in fields(cls)}
         missing, unknown = sorted(known - set(content)), sorted(set(content) - known)
         if missing or unknown:
@@ -127,6 +141,28 @@ class DatasetMeta:
             return cls(**content)
         except DataError as error:
             raise DataError(f"{file}: {error}") from error
+
+
+def is_outdated(folder: Path | str) -> bool:
+    """Whether FOLDER holds a data set of an older format, which no reader of this version takes."""
+    file = Path(folder) / META_FILE
+    version = _parsed(file).get("format_version") if file.is_file() else None
+    return isinstance(version, int) and version < FORMAT_VERSION
+
+
+def check_names(names: list[str]) -> None:
+    """Refuse names of further columns that the data set cannot have.
+
+    Raises:
+        DataError: one is taken, or there twice.
+    """
+    every = [*RESERVED, *names]
+    taken = sorted({name for name in every if every.count(name) > 1})
+    if taken:
+        raise DataError(
+            f"names of columns must differ from each other and from {list(RESERVED)}, got {taken} twice; "
+            "rename them and prepare the data set again"
+        )
 
 
 def _parsed(file: Path) -> dict[str, Any]:
@@ -155,8 +191,18 @@ def _is_scores(value: object) -> bool:
     )
 
 
+def _is_counts(value: object) -> bool:
+    return isinstance(value, dict) and all(map(_is_count, value.values()))
+
+
+def _is_summary(value: object) -> bool:
+    return isinstance(value, dict) and all(type(number) in (int, float) for number in value.values())
+
+
 _COUNT = ("a whole number", _is_count)
 _TEXT = ("a string", _is_text)
+_COUNTS = ("an object of whole numbers", _is_counts)
+_SUMMARY = ("an object of numbers", _is_summary)
 _SCORES = ("null or an object of objects of numbers", _is_scores)
 _TYPES = {
     "format_version": _COUNT,
@@ -166,11 +212,12 @@ _TYPES = {
     "num_items": _COUNT,
     "num_oov_buckets": _COUNT,
     "item_vocabulary_hash": _TEXT,
-    "context": (
-        "an object of whole numbers",
-        lambda value: isinstance(value, dict) and all(map(_is_count, value.values())),
-    ),
-    "event_columns": ("a list of strings", lambda value: isinstance(value, list) and all(map(_is_text, value))),
+    "raw_user_type": ('"int64" or "string"', lambda value: value in get_args(RawType)),
+    "context": _COUNTS,
+    "event_columns": _COUNTS,
+    "values_hash": _TEXT,
+    "lengths": _SUMMARY,
+    "gaps_s": _SUMMARY,
     "attainable": _SCORES,
     "attainable_without_time": _SCORES,
     "fingerprint": _TEXT,

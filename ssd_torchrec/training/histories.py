@@ -8,7 +8,7 @@ from torch import Tensor
 from ssd_torchrec.data.batches import EvaluationBatches, Share, TrainingBatches
 from ssd_torchrec.data.generate import generate
 from ssd_torchrec.data.parquet import UserHistories, open_dataset
-from ssd_torchrec.data.schema import META_FILE, Scores
+from ssd_torchrec.data.schema import META_FILE, Scores, is_outdated
 from ssd_torchrec.data.split import Spans, Stage, spans_of
 from ssd_torchrec.data.statistics import item_counts
 from ssd_torchrec.data.synthetic import SyntheticConfig
@@ -69,6 +69,6 @@ def data_folder(config: RunConfig, world: World) -> Path:
         return Path(config.data.path)
     folder = Path(config.output) / DEFAULT_DATA
     with all_or_none(f"generating {folder}", DataError):
-        if world.rank == 0 and not (folder / META_FILE).exists():
+        if world.rank == 0 and (not (folder / META_FILE).exists() or is_outdated(folder)):
             generate(SyntheticConfig(), folder)
     return folder

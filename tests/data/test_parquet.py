@@ -1,6 +1,7 @@
 import json
 import shutil
 from contextlib import suppress
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -10,6 +11,7 @@ import pytest
 from ssd_torchrec.data.parquet import open_dataset
 from ssd_torchrec.data.rows import Rows
 from ssd_torchrec.data.schema import META_FILE
+from ssd_torchrec.data.values import VALUES_FILE, save_values
 from ssd_torchrec.data.vocabulary import Vocabulary
 from ssd_torchrec.data.writer import DatasetWriter
 from ssd_torchrec.errors import DataError
@@ -76,6 +78,77 @@ def test_an_old_data_set_gives_way_to_the_new(tmp_path):
     histories = dataset(tmp_path / "set", random_rows([3]))
     assert histories.counts.tolist() == [3]
     assert [entry.name for entry in tmp_path.iterdir()] == ["set"]
+
+
+def test_event_columns_raw_users_and_what_ids_mean_are_read_again(tmp_path):
+    rows, names, values = told_rows()
+    prints = set()
+    for limit in (3, 1000):
+        folder = tmp_path / str(limit)
+        write_told(folder, rows, names, values, events_per_row_group=limit)
+        histories = open_dataset(folder)
+        price = np.concatenate([part.event_columns["price"] for part in histories])
+        assert price.tolist() == rows.event_columns["price"].tolist()
+        read = [histories.raw_user_ids(group) for group in range(histories.num_row_groups)]
+        assert pa.chunked_array(read).to_pylist() == names.to_pylist()
+        assert {name: of.to_pylist() for name, of in histories.values().items()} == {
+            "segment": ["a", "b", "c", "d"],
+            "price": [None, "1 EUR", "2 EUR"],
+        }
+        prints.add(histories.fingerprint)
+    assert len(prints) == 1
+    other = dict(values, segment=pa.array(["a", "b", "d", "c"], pa.large_string()))
+    event = replace(rows, event_columns={"price": rows.event_columns["price"][::-1].copy()})
+    bob = pa.array(["ann", "bob", "cy"], pa.large_string())
+    for told in ((rows, names, other), (event, names, values), (rows, bob, values)):
+        prints.add(write_told(tmp_path / "other", *told).fingerprint)
+    assert len(prints) == 4
+
+
+def told_rows():
+    rows = replace(rows_of([[3, 4], [], [5, 6, 7]]), event_columns={"price": np.array([0, 1, 2, 2, 1])})
+    values = {"segment": ["a", "b", "c", "d"], "price": [None, "1 EUR", "2 EUR"]}
+    return (
+        rows,
+        pa.array(["ann", "b\u00e9a", "cy"], pa.large_string()),
+        {name: pa.array(of, pa.large_string()) for name, of in values.items()},
+    )
+
+
+def write_told(folder, rows, names, values, **limits):
+    columns = {"context": {"segment": 4}, "event_columns": {"price": 3}, "values": values, "raw_user_type": "string"}
+    with DatasetWriter(folder, name="told", vocabulary=VOCABULARY, **columns, **limits) as writer:
+        writer.append(rows, names)
+        return writer.finish()
+
+
+def test_values_must_be_those_the_rows_were_made_with(tmp_path):
+    rows, names, values = told_rows()
+    write_told(tmp_path / "set", rows, names, values)
+    histories = open_dataset(tmp_path / "set")
+    save_values(dict(values, segment=values["segment"][::-1]), tmp_path / "set")
+    with pytest.raises(DataError, match=r"values must have the hash .* of meta\.json"):
+        histories.values()
+    (tmp_path / "set" / VALUES_FILE).unlink()
+    with pytest.raises(DataError, match=r"values\.parquet: must say what ids mean, but"):
+        histories.values()
+    with pytest.raises(DataError, match=r"values must be given for every column as counted, .*'price': 3"):
+        write_told(tmp_path / "set", rows, names, {"segment": values["segment"]})
+
+
+def test_without_further_columns_nothing_is_to_be_told(tmp_path):
+    histories = dataset(tmp_path / "set", random_rows([5, 5]))
+    assert histories.values() == {}
+    assert histories.raw_user_ids(0).to_pylist() == [100, 101]
+
+
+def test_lengths_and_gaps_are_summed_up_over_row_groups(tmp_path):
+    rows = rows_of([[3, 4], [], [5, 6, 7]], [[10, 20], [], [10, 10, 40]])
+    for limit in (1, 100):
+        meta = write(tmp_path / "set", rows, events_per_row_group=limit)
+        assert (meta.lengths["min"], meta.lengths["p50"], meta.lengths["max"]) == (0, 2, 3)
+        assert (meta.gaps_s["min"], meta.gaps_s["max"], meta.gaps_s["mean"]) == (0, 30, 40 / 3)
+    assert write(tmp_path / "none", rows_of([])).lengths == {}
 
 
 @pytest.mark.parametrize("there_was_one", [True, False])
@@ -195,12 +268,26 @@ def test_a_row_may_begin_before_the_last_one_ended_even_across_empty_rows(tmp_pa
 
 
 def test_further_event_columns_must_be_as_long_as_the_items(tmp_path):
-    table = columns() | {"price": pa.array([[1.0, 2.0], [3.0, 4.0]], pa.list_(pa.float64()))}
-    folder = foreign(tmp_path / "set", table, event_columns=["price"])
+    table = columns() | {"price": pa.array([[1, 2], [3, 0]], LIST)}
+    folder = foreign(tmp_path / "set", table, event_columns={"price": 4})
     with pytest.raises(DataError, match="row 1: item and price must be equally long, got 3 and 2"):
         open_dataset(folder)
     with pytest.raises(DataError, match="column colour must be there once"):
-        open_dataset(foreign(tmp_path / "other", table, event_columns=["colour"]))
+        open_dataset(foreign(tmp_path / "other", table, event_columns={"colour": 4}))
+    table["price"] = pa.array([[1, 2], [3, 4, 0]], LIST)
+    with pytest.raises(DataError, match=r"row 1 \(user_id 42\): price must be ids 0..3 as meta.json says, got 4"):
+        open_dataset(foreign(tmp_path / "third", table, event_columns={"price": 4}))
+
+
+def test_raw_users_must_be_there_and_strings(tmp_path):
+    with pytest.raises(DataError, match="column raw_user_id must be there once"):
+        open_dataset(foreign(tmp_path / "set", columns(), raw_user_type="string"))
+    table = columns() | {"raw_user_id": pa.array([41, 42])}
+    with pytest.raises(DataError, match="column raw_user_id must be string, got int64"):
+        open_dataset(foreign(tmp_path / "set", table, raw_user_type="string"))
+    table["raw_user_id"] = pa.array(["ann", None])
+    with pytest.raises(DataError, match="row 1: raw_user_id must not be null"):
+        open_dataset(foreign(tmp_path / "set", table, raw_user_type="string"))
 
 
 def test_a_missing_file_is_noticed(tmp_path):

@@ -1,3 +1,4 @@
+from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
@@ -52,6 +53,14 @@ def test_cut_and_joined_rows_are_the_rows_again():
     for name in ("user_id", "item", "timestamp", "offsets"):
         assert np.array_equal(getattr(again, name), getattr(rows, name)), name
     assert np.array_equal(again.context["segment"].offsets, rows.context["segment"].offsets)
+
+
+def test_event_columns_go_with_their_events():
+    rows = replace(rows_of([[3, 4, 5], [], [6, 7]]), event_columns={"price": np.array([30, 40, 50, 60, 70])})
+    assert rows.take(np.array([2, 0]), np.array([1, 2])).event_columns["price"].tolist() == [60, 30, 40]
+    assert rows[1:3].event_columns["price"].tolist() == [60, 70]
+    again = Rows.concatenate([rows[1:3], rows[:1]])
+    assert (again.event_columns["price"] == 10 * again.item).all()
 
 
 def test_no_rows_are_rows():

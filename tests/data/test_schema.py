@@ -3,7 +3,7 @@ from dataclasses import asdict, replace
 
 import pytest
 
-from ssd_torchrec.data.schema import META_FILE, DatasetMeta
+from ssd_torchrec.data.schema import META_FILE, DatasetMeta, is_outdated
 from ssd_torchrec.errors import DataError
 
 META = DatasetMeta(
@@ -13,8 +13,12 @@ META = DatasetMeta(
     num_items=7,
     num_oov_buckets=2,
     item_vocabulary_hash="ab",
+    raw_user_type="string",
     context={"segment": 4},
-    event_columns=["price"],
+    event_columns={"price": 9},
+    values_hash="ef",
+    lengths={"min": 1.0, "mean": 6.5},
+    gaps_s={"min": 0.0},
     attainable={"valid": {"hr@10": 0.5}},
     fingerprint="cd",
 )
@@ -31,9 +35,22 @@ def test_table_rows_are_mask_then_buckets_then_items():
 
 
 def test_a_newer_format_is_refused_before_anything_else(tmp_path):
-    (tmp_path / META_FILE).write_text(json.dumps({"format_version": 2, "colour": "red"}))
-    with pytest.raises(DataError, match=r"meta\.json: format_version must be at most 1, got 2; upgrade"):
+    (tmp_path / META_FILE).write_text(json.dumps({"format_version": 3, "colour": "red"}))
+    with pytest.raises(DataError, match=r"meta\.json: format_version must be at most 2, got 3; upgrade"):
         DatasetMeta.read(tmp_path)
+    assert not is_outdated(tmp_path)
+
+
+def test_an_older_format_is_refused_with_the_way_out(tmp_path):
+    (tmp_path / META_FILE).write_text(json.dumps({"format_version": 1, "event_columns": []}))
+    with pytest.raises(
+        DataError, match=r"must be 2, got 1 of an older ssd-torchrec; prepare the data set again, or gen"
+    ):
+        DatasetMeta.read(tmp_path)
+    assert is_outdated(tmp_path)
+    META.write(tmp_path)
+    assert not is_outdated(tmp_path)
+    assert not is_outdated(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("key", sorted(asdict(META)))
@@ -59,8 +76,12 @@ WRONG = {
     "num_items": True,
     "num_oov_buckets": "2",
     "item_vocabulary_hash": None,
+    "raw_user_type": "int32",
     "context": {"segment": "many"},
-    "event_columns": "price",
+    "event_columns": ["price"],
+    "values_hash": None,
+    "lengths": {"min": "short"},
+    "gaps_s": {"min": True},
     "attainable": {"valid": {"hr@10": "high"}},
     "attainable_without_time": [1],
     "fingerprint": 5,
@@ -79,9 +100,10 @@ CONTRADICTIONS = {
     "no-buckets": {"num_oov_buckets": 0},
     "fewer-than-no-users": {"num_users": -1},
     "context-without-values": {"context": {"segment": 0}},
+    "event-column-without-values": {"event_columns": {"price": 0}},
     "reserved-context": {"context": {"candidate": 4}},
-    "reserved-event-column": {"event_columns": ["item"]},
-    "column-of-both-kinds": {"event_columns": ["segment"]},
+    "reserved-event-column": {"event_columns": {"item": 3}},
+    "column-of-both-kinds": {"event_columns": {"segment": 3}},
 }
 
 
