@@ -97,6 +97,46 @@ def _evaluate(words: list[str]) -> int:
     return 0
 
 
+def _recommend(words: list[str]) -> int:
+    from ssd_torchrec.distributed.process import launched, process_group
+    from ssd_torchrec.training.recommend import RecommendConfig, recommend
+
+    @dataclass(frozen=True, kw_only=True)
+    class Recommend(RecommendConfig):
+        checkpoint: tyro.conf.Positional[str]
+        """A checkpoint folder, or a run folder for its best one."""
+
+        users: tyro.conf.Positional[str]
+        """Parquet, CSV or JSON lines of whom to recommend to: user_id, or user_id, item, timestamp and context."""
+
+        output: str
+        """Parquet file to write: user_id, item, score; one that is there is replaced."""
+
+    asked = tyro.cli(Recommend, args=words, prog="ssd-torchrec recommend", description=COMMANDS["recommend"].about)
+    world = launched(os.environ)
+    with process_group(world):
+        written = recommend(Path(asked.checkpoint), Path(asked.users), Path(asked.output), asked, world)
+    if world.rank == 0:
+        print(f"{asked.output}: {written}")
+    return 0
+
+
+def _inspect(words: list[str]) -> int:
+    from ssd_torchrec.data.inspect import inspect_dataset
+
+    @dataclass(frozen=True, kw_only=True)
+    class Inspect:
+        dataset: tyro.conf.Positional[str]
+        """Folder of a data set."""
+
+        plot: str = ""
+        """File for a figure of lengths and gaps, such as gaps.png; empty: none."""
+
+    asked = tyro.cli(Inspect, args=words, prog="ssd-torchrec inspect", description=COMMANDS["inspect"].about)
+    inspect_dataset(Path(asked.dataset), Path(asked.plot) if asked.plot else None)
+    return 0
+
+
 def _doctor(words: list[str]) -> int:
     from ssd_torchrec.doctor import run_doctor
 
@@ -120,6 +160,8 @@ COMMANDS = {
     "generate": Command(_generate, "Write a generated data set, in which the gaps between events matter."),
     "train": Command(_train, "Train a preset; every field of the run can be overridden."),
     "evaluate": Command(_evaluate, "Rank the full catalogue with a checkpoint."),
+    "recommend": Command(_recommend, "Write the best items of each user, from a checkpoint and a file of users."),
+    "inspect": Command(_inspect, "What is in a data set: counts, lengths, gaps, files."),
     "doctor": Command(_doctor, "Is this installation sound? Versions, what does not fit, and the mend."),
 }
 

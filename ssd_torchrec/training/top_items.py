@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssd_torchrec.training.catalogue import QUERIES_PER_BLOCK, Seen, with_first_item
 
+NOTHING = -2_139_095_041 << 32  # a key of score -inf, as what was dropped has
 _LOW = 2**32 - 1
 _ALL_BUT_SIGN = 2**31 - 1
 

@@ -4,7 +4,7 @@ from torch import Tensor
 
 from ssd_torchrec.training import top_items as module
 from ssd_torchrec.training.catalogue import Seen
-from ssd_torchrec.training.top_items import items_of, scores_of, top_items
+from ssd_torchrec.training.top_items import NOTHING, items_of, scores_of, top_items
 
 
 def brute_force(scores: Tensor, k: int) -> list[list[int]]:
@@ -45,3 +45,7 @@ def test_no_query_still_draws_the_whole_catalogue_since_others_wait_for_it():
     chunks = iter(torch.ones(10, 3).split(4))
     assert top_items(torch.empty(0, 3), Seen.none(), chunks, 2).shape == (0, 2)
     assert next(chunks, None) is None
+
+
+def test_nothing_has_the_score_of_what_was_dropped():
+    assert scores_of(torch.tensor([NOTHING])).tolist() == [-torch.inf]
