@@ -60,8 +60,7 @@ class DatasetWriter:
             DataError: `folder` holds something that is no data set, or `values` are not those of the columns.
         """
         self._target = Path(folder).absolute()
-        if self._target.exists() and not (self._target / META_FILE).is_file():
-            raise DataError(f"{folder} must be a data set to be replaced, or not be there; it has no {META_FILE}")
+        check_target(self._target)
         self._values = values or {}
         self._described = DatasetMeta(
             name=name,
@@ -164,6 +163,16 @@ class DatasetWriter:
         if self._file is not None:
             self._file.close()
             self._file = None
+
+
+def check_target(folder: Path) -> None:
+    """Refuse to write where something else lies.
+
+    Raises:
+        DataError: `folder` holds something that is no data set.
+    """
+    if folder.exists() and not (folder / META_FILE).is_file():
+        raise DataError(f"{folder} must be a data set to be replaced, or not be there; it has no {META_FILE}")
 
 
 def _as_table(rows: Rows, raw_user_ids: pa.Array | None, schema: pa.Schema) -> pa.Table:

@@ -1,0 +1,181 @@
+"""What is left of a log as rows: users in ascending order, their events in time, ids for the values of other columns.
+
+# table       columns              lines
+# left_users  u, user              users of the k-core; user counts them from 0
+# left_items  i, item              items of the k-core and their table rows
+# left        user, item, ...      events of the k-core, a view
+# values_0    value, id            what the ids of the first further column mean; values_1, ... likewise
+# bags_0      user, value          the distinct values that a user has of it, if it is a user column
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import duckdb
+import numpy as np
+import pyarrow as pa
+
+from ssd_torchrec.data.prepare.by_user import ByUser, bags_of, lengths_of
+from ssd_torchrec.data.prepare.core import quoted
+from ssd_torchrec.data.rows import Ints, Rows, offsets_of
+from ssd_torchrec.data.values import Values
+from ssd_torchrec.data.vocabulary import Vocabulary
+from ssd_torchrec.errors import DataError
+
+Order = Literal["int64", "float32-stable"]
+_LINES_AT_ONCE = 2**18
+_BATCH = 2**16
+
+
+@dataclass(frozen=True, kw_only=True)
+class Extras:
+    """The further columns of a log."""
+
+    event: tuple[str, ...] = ()
+    """One value an event."""
+
+    user: tuple[str, ...] = ()
+    """The distinct values that a user has."""
+
+    of_users_table: bool = False
+    """Whether user columns are those of the table users, by user_id, instead of the log's."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Columns in the order of their numbers."""
+        return (*self.event, *self.user)
+
+    @property
+    def of_log(self) -> tuple[str, ...]:
+        """Those that lie in the log: extra_0, extra_1, ... of coded."""
+        return self.event if self.of_users_table else self.names
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """What is left, numbered; the rows themselves are read when asked for."""
+
+    connection: duckdb.DuckDBPyConnection
+    extras: Extras
+    order: Order
+    vocabulary: Vocabulary
+    values: Values  # context columns, then event columns
+    raw_user_is_string: bool
+
+    @property
+    def context(self) -> dict[str, int]:
+        return {name: len(self.values[name]) for name in self.extras.user}
+
+    @property
+    def event_columns(self) -> dict[str, int]:
+        return {name: len(self.values[name]) for name in self.extras.event}
+
+    def blocks(self) -> Iterator[tuple[Rows, pa.Array | None]]:
+        """All users in order, some at a time, with their raw names if those are strings."""
+        users = self._by_user('SELECT "user", raw FROM left_users JOIN raw_users USING (u) ORDER BY "user"')
+        first_user_column = len(self.extras.event)
+        bags = {
+            name: self._by_user(
+                f'SELECT "user", id FROM bags_{number} JOIN values_{number} USING (value) ORDER BY "user", id'
+            )
+            for number, name in enumerate(self.extras.user, start=first_user_column)
+        }
+        for events in self._by_user(self._events()).whole_users(_LINES_AT_ONCE):
+            user = events["user"].to_numpy()
+            first, stop = int(user[0]), int(user[-1]) + 1
+            offsets = offsets_of(lengths_of(user, first, stop))
+            timestamp = events["timestamp"].to_numpy()
+            raw = users.before(stop)["raw"].combine_chunks()
+            rows = Rows(
+                user_id=np.arange(first, stop) if self.raw_user_is_string else raw.to_numpy(),
+                item=events["item"].to_numpy(),
+                timestamp=timestamp if self.order == "int64" else rising(timestamp, offsets),
+                offsets=offsets,
+                context={name: bags_of(lines.before(stop), first, stop) for name, lines in bags.items()},
+                event_columns={name: events[f"id_{n}"].to_numpy() for n, name in enumerate(self.extras.event)},
+            )
+            yield rows, raw.cast(pa.large_string()) if self.raw_user_is_string else None
+
+    def _events(self) -> str:
+        numbers = range(len(self.extras.event))
+        ids = "".join(f", coalesce(values_{n}.id, 0) AS id_{n}" for n in numbers)
+        joins = "".join(f" LEFT JOIN values_{n} ON extra_{n} = values_{n}.value" for n in numbers)
+        time = "timestamp" if self.order == "int64" else "CAST(timestamp AS FLOAT)"
+        return f'SELECT "user", item, timestamp{ids} FROM left_events{joins} ORDER BY "user", {time}, position'
+
+    def _by_user(self, query: str) -> ByUser:
+        return ByUser(self.connection.cursor().sql(query).to_arrow_reader(_BATCH))
+
+
+def assemble(connection: duckdb.DuckDBPyConnection, extras: Extras, order: Order, num_oov_buckets: int) -> Assembled:
+    """Number what `code_events` and `k_core` left.
+
+    Raises:
+        DataError: a further column holds no value for what is left.
+    """
+    connection.execute('CREATE TABLE left_users AS SELECT u, row_number() OVER (ORDER BY u) - 1 AS "user" FROM of_user')
+    connection.execute(
+        f"CREATE TABLE left_items AS SELECT i, row_number() OVER (ORDER BY i) + {num_oov_buckets:d} AS item "
+        "FROM of_item"
+    )
+    connection.execute(
+        "CREATE VIEW left_events AS SELECT * FROM coded JOIN left_users USING (u) JOIN left_items USING (i)"
+    )
+    items = connection.sql("SELECT raw FROM left_items JOIN raw_items USING (i) ORDER BY i").to_arrow_table()
+    raw_user_type = connection.sql("SELECT raw FROM raw_users LIMIT 0").to_arrow_table().schema.field("raw").type
+    of_event = {name: _event_values(connection, n, name) for n, name in enumerate(extras.event)}
+    of_user = {name: _user_values(connection, n, name, extras) for n, name in enumerate(extras.user, len(extras.event))}
+    return Assembled(
+        connection,
+        extras,
+        order,
+        Vocabulary(items["raw"], num_oov_buckets),
+        of_user | of_event,
+        not pa.types.is_integer(raw_user_type),
+    )
+
+
+def rising(timestamp: Ints, offsets: Ints) -> Ints:
+    """The latest time so far within each row: (E,) int64 that ascends there; what ascends already is left as it is.
+
+    Events in the order of float32 times may fall by up to a float32 step (128 s today): they keep their order, and an
+    event that is earlier than the one before takes its time.
+    """
+    if not len(timestamp):
+        return timestamp
+    row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
+    apart = row * (int(timestamp.max()) - int(timestamp.min()) + 1)
+    return np.maximum.accumulate(timestamp + apart) - apart
+
+
+def _event_values(connection: duckdb.DuckDBPyConnection, number: int, name: str) -> pa.Array:
+    """Make values_{number}; id 0 is for events without a value."""
+    connection.execute(f"CREATE VIEW given_{number} AS SELECT extra_{number} AS value FROM left_events")
+    values = _number_values(connection, number, name, first=1)
+    return pa.concat_arrays([pa.nulls(1, pa.large_string()), values])
+
+
+def _user_values(connection: duckdb.DuckDBPyConnection, number: int, name: str, extras: Extras) -> pa.Array:
+    """Make bags_{number} and values_{number}."""
+    if extras.of_users_table:
+        told = (
+            f'SELECT DISTINCT left_users."user", users.{quoted(name)} AS value FROM users '
+            "JOIN raw_users ON users.user_id = raw_users.raw JOIN left_users ON raw_users.u = left_users.u"
+        )
+    else:
+        told = f'SELECT DISTINCT "user", extra_{number} AS value FROM left_events'
+    connection.execute(f"CREATE TABLE bags_{number} AS {told}")
+    connection.execute(f"CREATE VIEW given_{number} AS SELECT value FROM bags_{number}")
+    return _number_values(connection, number, name, first=0)
+
+
+def _number_values(connection: duckdb.DuckDBPyConnection, number: int, name: str, first: int) -> pa.Array:
+    connection.execute(
+        f"CREATE TABLE values_{number} AS SELECT value, row_number() OVER (ORDER BY value) + {first - 1} AS id "
+        f"FROM (SELECT DISTINCT value FROM given_{number} WHERE value IS NOT NULL)"
+    )
+    values = connection.sql(f"SELECT value FROM values_{number} ORDER BY id").to_arrow_table()["value"]
+    if not len(values):
+        raise DataError(f"column {name} must hold a value for some event or user that is left, got none; leave it out")
+    return values.combine_chunks().cast(pa.large_string())
