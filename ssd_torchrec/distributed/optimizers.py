@@ -2,14 +2,14 @@
 
     CombinedOptimizer
       "tables"   fused into FBGEMM's backward when tables are split, else a PyTorch optimizer
-      "dense"    Adam or SGD, its gradients clipped by their global norm on request
+      "dense"    Adam, Adam with Muon for the matrices, or SGD; its gradients clipped by their global norm on request
 
 Clipping covers the dense part only: fused optimizers step inside backward, before a norm is known. It does the same for
 unsplit tables, so that every world computes the same. All state exists, zeroed, from the start: a checkpoint loaded in
 place then misses nothing.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -29,6 +29,7 @@ TABLE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adam": torch.optim.Adam,
 }
+MUON_LEAST = 16  # rows and columns; to orthogonalise less says little, such as a gate's 4 x 16
 UNDECAYED = {"A_log", "D", "dt_bias"}  # decay rates, skips and step sizes of an SSM: zero means nothing special to them
 
 
@@ -36,8 +37,10 @@ UNDECAYED = {"A_log", "D", "dt_bias"}  # decay rates, skips and step sizes of an
 class DenseOptimizerConfig:
     """What updates everything that is not an embedding table."""
 
-    optimizer: Literal["adam", "sgd"] = "adam"
-    """adam decays weights decoupled from the gradient (AdamW); with weight_decay 0 it is the papers' Adam."""
+    optimizer: Literal["adam", "muon", "sgd"] = "adam"
+    """adam decays weights decoupled from the gradient (AdamW); with weight_decay 0 it is the papers' Adam. muon (Jordan
+    et al. 2024) orthogonalises the momentum of matrices of at least 16 x 16, its step scaled to the size of Adam's so
+    that both take the same learning rate (Liu et al. 2025, Muon is scalable), and leaves the rest to adam."""
 
     learning_rate: float = 1e-3
     """Learning rate before the schedule's factor."""
@@ -95,13 +98,33 @@ def combined(tables: KeyedOptimizer, dense: KeyedOptimizer) -> CombinedOptimizer
 
 def dense_optimizer(parameters: Mapping[str, nn.Parameter], config: DenseOptimizerConfig) -> KeyedOptimizer:
     """The optimizer of the named dense parameters, clipping included."""
-    optimizer: KeyedOptimizer = _with_state(KeyedOptimizerWrapper(parameters, lambda _: _dense(parameters, config)))
+    matrices = {name: p for name, p in parameters.items() if config.optimizer == "muon" and is_matrix(name, p)}
+    others = {name: p for name, p in parameters.items() if name not in matrices}
+    parts = [(others, _adam_or_sgd)] * bool(others) + [(matrices, _muon)] * bool(matrices)
+    optimizer: KeyedOptimizer = CombinedOptimizer([_keyed(weights, make, config) for weights, make in parts])
+    optimizer = _with_state(optimizer)
     if config.clip_norm is None:
         return optimizer
     return GradientClippingOptimizer(optimizer, GradientClipping.NORM, max_gradient=config.clip_norm)
 
 
-def _dense(parameters: Mapping[str, nn.Parameter], config: DenseOptimizerConfig) -> torch.optim.Optimizer:
+Make = Callable[[Mapping[str, nn.Parameter], DenseOptimizerConfig], torch.optim.Optimizer]
+
+
+def _keyed(weights: Mapping[str, nn.Parameter], make: Make, config: DenseOptimizerConfig) -> KeyedOptimizer:
+    return KeyedOptimizerWrapper(weights, lambda _: make(weights, config))
+
+
+def _muon(matrices: Mapping[str, nn.Parameter], config: DenseOptimizerConfig) -> torch.optim.Optimizer:
+    return torch.optim.Muon(
+        list(matrices.values()),
+        lr=config.learning_rate,
+        weight_decay=config.weight_decay,
+        adjust_lr_fn="match_rms_adamw",
+    )
+
+
+def _adam_or_sgd(parameters: Mapping[str, nn.Parameter], config: DenseOptimizerConfig) -> torch.optim.Optimizer:
     decayed = [p for name, p in parameters.items() if decays(name, p)]
     kept = [p for name, p in parameters.items() if not decays(name, p)]
     groups: list[dict[str, Any]] = [
@@ -112,6 +135,11 @@ def _dense(parameters: Mapping[str, nn.Parameter], config: DenseOptimizerConfig)
     if config.optimizer == "sgd":
         return torch.optim.SGD(groups, lr=config.learning_rate)
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=config.betas, eps=config.eps)
+
+
+def is_matrix(name: str, parameter: Tensor) -> bool:
+    """Whether Muon may update this dense parameter: a linear map of some size."""
+    return parameter.ndim == 2 and decays(name, parameter) and min(parameter.shape) >= MUON_LEAST
 
 
 def decays(name: str, parameter: Tensor) -> bool:

@@ -23,6 +23,7 @@ from ssd_torchrec.distributed.checkpoint import (
 )
 from ssd_torchrec.distributed.process import World
 from ssd_torchrec.distributed.shard import DenseOptimizerConfig, ShardingConfig, Trainable
+from ssd_torchrec.distributed.state import dense_state
 from ssd_torchrec.errors import CheckpointError, ConfigError
 from tests.distributed.example import train, trainable, whole_weights
 from tests.distributed.world import spawn
@@ -43,15 +44,19 @@ WHOLE = {
 }
 
 
-def save_and_go_on(world: World, folder: Path, sharding: ShardingConfig) -> list[float]:
-    t = trainable(world, sharding, DENSE)
+def save_and_go_on(
+    world: World, folder: Path, sharding: ShardingConfig, dense: DenseOptimizerConfig = DENSE
+) -> list[float]:
+    t = trainable(world, sharding, dense)
     train(t, world, BEFORE)
     save_checkpoint(folder, t, STATE)
     return train(t, world, AFTER)
 
 
-def load_and_go_on(world: World, folder: Path, sharding: ShardingConfig) -> list[float]:
-    t = trainable(world, sharding, DENSE)
+def load_and_go_on(
+    world: World, folder: Path, sharding: ShardingConfig, dense: DenseOptimizerConfig = DENSE
+) -> list[float]:
+    t = trainable(world, sharding, dense)
     train(t, world, range(50, 52))  # what was there before the load must not matter
     path = latest_checkpoint(folder)
     assert path is not None
@@ -158,6 +163,14 @@ def test_a_full_disk_on_one_rank_leaves_the_last_good_checkpoint(two_ranks):
 def test_one_process_resumes_to_the_last_bit(optimizer, tmp_path, alone):
     uninterrupted = save_and_go_on(alone, tmp_path, WHOLE[optimizer])
     assert load_and_go_on(alone, tmp_path, WHOLE[optimizer]) == uninterrupted
+
+
+def test_muon_resumes_with_the_momentum_of_its_matrices(tmp_path, alone):
+    dense = DenseOptimizerConfig(optimizer="muon", learning_rate=0.01)
+    uninterrupted = save_and_go_on(alone, tmp_path, WHOLE["sgd"], dense)
+    assert load_and_go_on(alone, tmp_path, WHOLE["sgd"], dense) == uninterrupted
+    state = dense_state(trainable(alone, WHOLE["sgd"], dense))
+    assert "dense.tower.encoder.layers.0.mixer.in_proj.weight.momentum_buffer" in state
 
 
 def test_split_tables_resume_what_whole_ones_saved(tmp_path, alone, monkeypatch, request):

@@ -39,9 +39,42 @@ def test_clipping_bounds_the_global_norm_of_the_dense_gradient():
     assert one_step(config, 0.0, 0.25) == pytest.approx(-0.25)
 
 
+def test_muon_turns_matrices_by_the_learning_rate_and_leaves_the_rest_to_adam():
+    config = DenseOptimizerConfig(optimizer="muon", learning_rate=0.01)
+    weights = {
+        "proj.weight": torch.eye(64)[:32],
+        "gate.weight": torch.ones(4, 64),
+        "conv.weight": torch.ones(64, 1, 4),
+        "bias": torch.ones(64),
+    }
+    parameters = {name: nn.Parameter(value.clone()) for name, value in weights.items()}
+    optimizer = dense_optimizer(parameters, config)
+    for seed, parameter in enumerate(parameters.values()):
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed))
+    optimizer.step()
+    moved = {name: (parameters[name] - weights[name]).detach() for name in weights}
+    turned = moved.pop("proj.weight")
+    singular = torch.linalg.svdvals(turned) / (0.01 * 0.2 * 64**0.5)
+    assert singular.min() > 0.5
+    assert singular.max() < 1.3  # all alike, within what five iterations in bf16 reach
+    for step in moved.values():
+        assert step.abs() == pytest.approx(torch.full_like(step, 0.01), rel=1e-3)
+
+
+def test_muon_is_clipped_with_adam_by_one_norm():
+    config = DenseOptimizerConfig(optimizer="muon", clip_norm=1.0)
+    parameters = {"proj.weight": nn.Parameter(torch.zeros(32, 32)), "bias": nn.Parameter(torch.zeros(1))}
+    optimizer = dense_optimizer(parameters, config)
+    parameters["proj.weight"].grad, parameters["bias"].grad = torch.ones(32, 32), torch.ones(1)
+    optimizer.step()
+    norm = sum(float(p.grad.square().sum()) for p in parameters.values()) ** 0.5
+    assert norm == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("dense", ["adam", "muon"])
 @pytest.mark.parametrize("optimizer", TABLE_OPTIMIZERS)
-def test_all_state_exists_and_is_zero_before_the_first_step(optimizer, alone):
-    t = trainable(alone, ShardingConfig(optimizer=optimizer), DenseOptimizerConfig(weight_decay=0.5))
+def test_all_state_exists_and_is_zero_before_the_first_step(optimizer, dense, alone):
+    t = trainable(alone, ShardingConfig(optimizer=optimizer), DenseOptimizerConfig(optimizer=dense, weight_decay=0.5))
     fresh = trainable(alone, ShardingConfig(optimizer=optimizer), SGD)
     weights, untouched = whole_weights(t), whole_weights(fresh)
     assert all(torch.equal(weights[name], untouched[name]) for name in weights)
