@@ -46,26 +46,33 @@ class Seen:
         columns = zip(*((part.query, part.item) for part in parts), strict=True)
         return cls(*(torch.cat(column) for column in columns))
 
-    def of_queries(self, first: int, stop: int) -> "Seen":
+    def of_queries(self, first: int, stop: int) -> "SeenInBlock":
         """The pairs of the queries first..stop-1, counted from 0 at `first`."""
-        bounds = torch.tensor([first, stop], device=self.query.device)
-        begin, end = torch.searchsorted(self.query, bounds).tolist()
-        return Seen(self.query[begin:end] - first, self.item[begin:end])
+        begin, end = _places(self.query, first, stop)
+        order = self.item[begin:end].argsort()
+        return SeenInBlock(self.query[begin:end][order] - first, self.item[begin:end][order])
+
+
+@dataclass(frozen=True, eq=False)
+class SeenInBlock:
+    """The same for a block of queries, sorted by item: each chunk of the catalogue finds its pairs side by side."""
+
+    query: Tensor  # (S,) int64 in the block
+    item: Tensor  # (S,) int64, ascending
 
     def drop_from(self, scores: Tensor, first_item: int, wanted: Tensor | None = None) -> None:
         """Score what has been seen below everything, in place.
 
         Args:
-            scores: (M, C) of the items from `first_item` on.
+            scores: (M, C) of the block's queries and the items from `first_item` on.
             wanted: (M,) items that stay, seen or not.
         """
-        column = self.item - first_item
-        here = (column >= 0) & (column < scores.shape[1])
-        row, column = self.query[here], column[here]
+        begin, end = _places(self.item, first_item, first_item + scores.shape[1])
+        row, item = self.query[begin:end], self.item[begin:end]
         if wanted is not None:
-            dropped = column + first_item != wanted[row]
-            row, column = row[dropped], column[dropped]
-        scores[row, column] = -torch.inf
+            dropped = item != wanted[row]
+            row, item = row[dropped], item[dropped]
+        scores[row, item - first_item] = -torch.inf
 
 
 def catalogue(model: NextItemModel, device: torch.device, items_per_chunk: int) -> Iterator[Tensor]:
@@ -81,3 +88,9 @@ def with_first_item(chunks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
     for chunk in chunks:
         yield first, chunk
         first += len(chunk)
+
+
+def _places(ascending: Tensor, first: int, stop: int) -> tuple[int, int]:
+    """Where the values first..stop-1 begin and end."""
+    begin, end = torch.searchsorted(ascending, torch.tensor([first, stop], device=ascending.device)).tolist()
+    return begin, end

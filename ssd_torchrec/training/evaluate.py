@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ssd_torchrec.data.batch import Batch
 from ssd_torchrec.models.next_item import NextItemModel
-from ssd_torchrec.training.catalogue import QUERIES_PER_BLOCK, Seen, catalogue, with_first_item
+from ssd_torchrec.training.catalogue import QUERIES_PER_BLOCK, Seen, SeenInBlock, catalogue, with_first_item
 from ssd_torchrec.training.metrics import means, ranking_sums
 
 
@@ -102,7 +102,7 @@ class _Block:
     at: slice
     queries: Tensor
     wanted: Tensor
-    seen: Seen
+    seen: SeenInBlock
 
 
 def _blocks(questions: Questions) -> Iterator[_Block]:

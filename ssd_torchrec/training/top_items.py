@@ -38,7 +38,7 @@ def top_items(queries: Tensor, seen: Seen, chunks: Iterable[Tensor], k: int) -> 
         for number, block in enumerate(blocks):
             scores = block @ vectors.T
             dropped[number].drop_from(scores, first)
-            keys = torch.cat([best[number], _keys(scores, first)], dim=1)
+            keys = torch.cat([best[number], _best_keys(scores, first, k)], dim=1)
             best[number] = keys.topk(min(k, keys.shape[1]), dim=1).values
     return torch.cat(best)
 
@@ -54,9 +54,23 @@ def scores_of(keys: Tensor) -> Tensor:
     return _turned(ordered).view(torch.float32)
 
 
-def _keys(scores: Tensor, first_item: int) -> Tensor:
+def _best_keys(scores: Tensor, first_item: int, k: int) -> Tensor:
+    """(M, min(k, C)) keys of the best of (M, C) scores, in no order."""
+    items = torch.arange(first_item, first_item + scores.shape[1], device=scores.device).expand_as(scores)
+    if k >= scores.shape[1]:
+        return _keys(scores, items)
+    # floats are searched several times faster than keys; they leave open which of equal scores are in
+    found = scores.topk(k + 1, dim=1)
+    keys = _keys(found.values[:, :k], first_item + found.indices[:, :k])
+    last, next_one = found.values[:, k - 1], found.values[:, k]
+    open_rows = ((last == next_one) & (last > -torch.inf)).nonzero()[:, 0]
+    if len(open_rows):
+        keys[open_rows] = _keys(scores[open_rows], items[open_rows]).topk(k, dim=1).values
+    return keys
+
+
+def _keys(scores: Tensor, items: Tensor) -> Tensor:
     ordered = _turned((scores + 0.0).view(torch.int32))  # 0 and -0 are a tie
-    items = torch.arange(first_item, first_item + scores.shape[1], device=scores.device)
     return (ordered.long() << 32) | (_LOW - items)
 
 
