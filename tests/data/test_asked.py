@@ -74,9 +74,10 @@ def test_histories_become_a_data_set_with_items_mapped(histories, tmp_path, monk
         {"user_id": "ann", "item": [3, 49, 3], "timestamp": [10, 20, 20], "segment": [1, 2]},
         {"user_id": "bob", "item": [], "timestamp": [], "segment": []},
         {"user_id": "ann", "item": [NUM_ITEMS, 0], "timestamp": [5, LATEST_S], "segment": [0]},  # one item unknown
+        {"user_id": "cid", "item": [], "timestamp": [], "segment": []},
     ]
     asked = read_asked_users(parquet(tmp_path, rows), histories, tmp_path / "beside")
-    assert (asked.user_id.to_pylist(), asked.row.tolist()) == (["ann", "bob", "ann"], [0, 1, 2])
+    assert (asked.user_id.to_pylist(), asked.row.tolist()) == (["ann", "bob", "ann", "cid"], [0, 1, 2, 3])
     brought = open_dataset(asked.folder)
     assert brought.meta.item_vocabulary_hash == histories.meta.item_vocabulary_hash
     read = Rows.concatenate(list(brought))
@@ -84,9 +85,9 @@ def test_histories_become_a_data_set_with_items_mapped(histories, tmp_path, monk
     assert items[:2] == [[FIRST_ITEM + 3, FIRST_ITEM + 49, FIRST_ITEM + 3], []]
     assert 1 <= items[2][0] < FIRST_ITEM
     assert items[2][1] == FIRST_ITEM
-    assert lists(read.timestamp, read.offsets) == [[10, 20, 20], [], [5, LATEST_S]]
+    assert lists(read.timestamp, read.offsets) == [[10, 20, 20], [], [5, LATEST_S], []]
     bags = read.context["segment"]
-    assert lists(bags.values, bags.offsets) == [[1, 2], [], [0]]
+    assert lists(bags.values, bags.offsets) == [[1, 2], [], [0], []]
 
 
 @pytest.mark.parametrize(
@@ -96,6 +97,7 @@ def test_histories_become_a_data_set_with_items_mapped(histories, tmp_path, monk
         ({"timestamp": [10, 30, 20]}, "row 1: timestamps must ascend, got 20 after 30; sort"),
         ({"timestamp": [-1, 20, 20]}, "row 1: timestamp must be unix seconds from 0 .* got -1"),
         ({"timestamp": [10, 20, 1_600_000_000_000]}, "row 1: .* got 1600000000000; divide milliseconds by 1,000"),
+        ({"timestamp": [10, 20, LATEST_S + 1]}, "row 1: .* divide milliseconds by 1,000"),
         ({"timestamp": [10, 20, None]}, "row 1: timestamp must hold no null"),
         ({"item": None}, "row 1: item must not be null"),
         ({"user_id": None}, "row 1: user_id must not be null"),
