@@ -24,6 +24,7 @@ BAR_CELLS = 40
 PLOT_BARS_PER_OCTAVE = 4
 PLOTS = (".png", ".svg", ".pdf")
 UNITS_S = {"y": 31_557_600, "d": 86_400, "h": 3_600, "min": 60, "s": 1}
+NAMES = {"int64": "whole numbers", "string": "strings"}
 TICKS_S = {"1 s": 1, "1 min": 60, "1 h": 3_600, "1 d": 86_400, "1 mo": 2_629_800, "1 y": 31_557_600}
 
 
@@ -96,7 +97,7 @@ def facts(inspection: Inspection) -> list[list[str]]:
     }
     rows = {
         "data set": f"{meta.name}, format {meta.format_version}",
-        "users": f"{meta.num_users:,}",
+        "users": f"{meta.num_users:,}, called by {NAMES[meta.raw_user_type]}",
         "items": f"{meta.num_items:,} and {meta.num_oov_buckets:,} rows for unknown ones",
         "events": f"{meta.num_events:,}",
         "density": f"{meta.num_events / max(cells, 1):.3%} events a user and item",

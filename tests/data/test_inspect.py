@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from rich.console import Console
 
+from ssd_torchrec.__main__ import main
+
 from ssd_torchrec.data.inspect import Inspection, duration, facts, figure, inspect_dataset
 from ssd_torchrec.data.rows import Rows
 from ssd_torchrec.data.writer import DatasetWriter
@@ -36,7 +38,11 @@ def test_facts_say_what_is_there(tmp_path):
     histories = dataset(tmp_path / "set", random_rows(LENGTHS))
     said = dict(map(tuple, facts(Inspection.of(tmp_path / "set"))))
     assert said["data set"] == f"sample, format {histories.meta.format_version}"
-    assert (said["users"], said["items"], said["events"]) == ("12", "50 and 2 rows for unknown ones", "149")
+    assert (said["users"], said["items"], said["events"]) == (
+        "12, called by whole numbers",
+        "50 and 2 rows for unknown ones",
+        "149",
+    )
     assert said["density"] == "24.833% events a user and item"
     assert said["context columns"] == "segment of 4 values"
     assert said["event columns"] == "none"
@@ -111,3 +117,10 @@ def test_a_figure_that_cannot_be_written_is_refused_before_anything_is_read(tmp_
 def test_what_is_no_data_set_is_refused(tmp_path):
     with pytest.raises(DataError, match=r"meta\.json"):
         inspect_dataset(tmp_path)
+
+
+def test_the_command_prints_and_draws(tmp_path, capsys):
+    write(tmp_path / "set", random_rows(LENGTHS))
+    assert main(["inspect", str(tmp_path / "set"), "--plot", str(tmp_path / "plot.svg")]) == 0
+    assert "149" in capsys.readouterr().out
+    assert (tmp_path / "plot.svg").stat().st_size > 0
