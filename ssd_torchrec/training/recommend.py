@@ -129,7 +129,7 @@ def recommend(path: Path, users: Path, output: Path, config: RecommendConfig, wo
         run = replace(run, data=replace(run.data, path=config.data))
     known = open_dataset(data_folder(run, world))
     vocabulary = known.vocabulary()
-    with _folder_beside(output, world) as partial:
+    with _folder_beside(users, output, world) as partial:
         asked, histories = _ask(users, known, partial / "histories", config, world)
         trainable = build(run, known.meta, world)
         load_weights(checkpoint, trainable, vocabulary=known.meta.item_vocabulary_hash)
@@ -153,24 +153,26 @@ def recommend(path: Path, users: Path, output: Path, config: RecommendConfig, wo
 
 
 @contextmanager
-def _folder_beside(output: Path, world: World) -> Iterator[Path]:
+def _folder_beside(users: Path, output: Path, world: World) -> Iterator[Path]:
     """A folder of the run's own where `output` goes, gone after the block; rank 0 makes it and removes it."""
     with ExitStack() as until_end:
         folder = None
         with all_or_none(f"preparing {output}", ConfigError):
             if world.rank == 0:
-                folder = until_end.enter_context(_made(output))
+                folder = until_end.enter_context(_made(users, output))
         folder = word_of_rank_0(folder)
         assert folder is not None
         yield folder
 
 
-def _made(output: Path) -> AbstractContextManager[Path]:
-    if output.is_dir() or not output.absolute().parent.is_dir():
+def _made(users: Path, output: Path) -> AbstractContextManager[Path]:
+    if output.suffix != ".parquet" or output.is_dir() or not output.absolute().parent.is_dir():
         raise ConfigError(
-            f"{output} must be a file, new or old, in a folder that is there; name a file such as items.parquet, and "
-            "make its folder first"
+            f"{output} must be a file that ends in .parquet, new or old, in a folder that is there; name it such as "
+            "items.parquet, and make its folder first"
         )
+    if users.resolve() == output.resolve():
+        raise ConfigError(f"{output} must be another file than the one with the users; give it another name")
     return scratch_folder(output.absolute(), "partial")
 
 

@@ -7,7 +7,6 @@ import pytest
 from rich.console import Console
 
 from ssd_torchrec.__main__ import main
-
 from ssd_torchrec.data.inspect import Inspection, duration, facts, figure, inspect_dataset
 from ssd_torchrec.data.rows import Rows
 from ssd_torchrec.data.writer import DatasetWriter

@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from ssd_torchrec.__main__ import main
 from ssd_torchrec.data.batch import collate
 from ssd_torchrec.data.generate import generate
 from ssd_torchrec.data.parquet import UserHistories, open_dataset
@@ -228,10 +229,14 @@ def test_weights_that_are_not_finite_are_refused_and_the_old_file_stays(run, tmp
 
 def test_an_output_that_cannot_be_written_is_refused(run, tmp_path):
     file = asked_by_id(tmp_path, users_of(data_of(run))[:1])
-    for output in (tmp_path / "no" / "items.parquet", tmp_path):
-        with pytest.raises(ConfigError, match="must be a file, new or old, in a folder that is there"):
+    folder = tmp_path / "folder.parquet"
+    folder.mkdir()
+    for output in (tmp_path / "no" / "items.parquet", folder, tmp_path / "items.csv"):
+        with pytest.raises(ConfigError, match=r"must be a file that ends in \.parquet, new or old, in a folder"):
             recommend(run, file, output, SMALL, World())
-    assert not (tmp_path / "no").exists()
+    with pytest.raises(ConfigError, match="another file than the one with the users"):
+        recommend(run, file, file, SMALL, World())
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder.parquet", "users.parquet"]
 
 
 @pytest.mark.parametrize("field", ["k", "tokens_per_batch", "users_per_pass", "candidates_per_chunk"])
@@ -256,22 +261,25 @@ def test_what_was_written_is_said_in_a_line():
 
 
 @pytest.mark.parametrize("run", ["strings"], indirect=True)
-def test_two_processes_write_what_one_writes(run, tmp_path):
+def test_two_processes_write_what_one_writes(run, tmp_path, capsys):
     histories = data_of(run)
     rows = Rows.concatenate(list(histories))
     file = asked_with_histories(tmp_path, histories, rows, users_of(histories))
     options = ["--k", "7", "--tokens-per-batch", "25", "--users-per-pass", "9", "--candidates-per-chunk", "64"]
-    jobs = []
-    for processes in (1, 2):
-        launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
-        command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ssd_torchrec", "recommend"]
-        command += [str(run), str(file), "--output", str(tmp_path / f"{processes}.parquet"), *options]
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        streams = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        jobs.append(subprocess.Popen(command, env=environment, text=True, **streams))
-    for job in jobs:
-        printed, _ = job.communicate(timeout=240)
-        assert job.returncode == 0, printed[-3000:]
-        assert f"{7 * NUM_USERS} items for {NUM_USERS} users" in printed
-    for processes in (1, 2):
+    words = ["recommend", str(run), str(file), *options, "--output"]
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "ssd_torchrec"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    job = subprocess.Popen(
+        [sys.executable, *launcher, *words, str(tmp_path / "two.parquet")],
+        env=environment,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    assert main([*words, str(tmp_path / "one.parquet")]) == 0
+    printed, _ = job.communicate(timeout=240)
+    assert job.returncode == 0, printed[-3000:]
+    for said in (printed, capsys.readouterr().out):
+        assert said.count(f"{7 * NUM_USERS} items for {NUM_USERS} users") == 1  # rank 0 speaks for all
+    for processes in ("one", "two"):
         check(tmp_path / f"{processes}.parquet", users_of(histories), expected(run, rows, 7, filter_seen=True))
