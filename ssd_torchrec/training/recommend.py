@@ -121,15 +121,16 @@ def recommend(path: Path, users: Path, output: Path, config: RecommendConfig, wo
 
     Raises:
         ConfigError, DataError, CheckpointError: the folder of `output` is not there or not writable, `users` is not
-            what it must be, the data set has another vocabulary than the checkpoint; before any work.
+            what it must be, the data set has another vocabulary than the checkpoint; before any work. Or scores are
+            not finite.
     """
     checkpoint = checkpoint_at(path)
     run = from_json(RunConfig, read_info(checkpoint).state.config)
     if config.data:
         run = replace(run, data=replace(run.data, path=config.data))
-    known = open_dataset(data_folder(run, world))
-    vocabulary = known.vocabulary()
     with _folder_beside(users, output, world) as partial:
+        known = open_dataset(data_folder(run, world))
+        vocabulary = known.vocabulary()
         asked, histories = _ask(users, known, partial / "histories", config, world)
         trainable = build(run, known.meta, world)
         load_weights(checkpoint, trainable, vocabulary=known.meta.item_vocabulary_hash)
