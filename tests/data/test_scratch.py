@@ -3,6 +3,7 @@ import signal
 import subprocess
 import sys
 from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -80,6 +81,13 @@ def test_names_are_swapped_at_once_where_the_system_can(tmp_path):
         pytest.skip(f"no renameat2 for {tmp_path}")
     assert (names(tmp_path / "one"), names(tmp_path / "other")) == (["other"], ["one"])
     assert not scratch._swapped(tmp_path / "one", tmp_path / "nowhere")
+
+
+def test_there_is_no_moment_without_a_target_where_names_can_be_swapped(tmp_path, monkeypatch):
+    test_names_are_swapped_at_once_where_the_system_can(tmp_path)  # or skip
+    monkeypatch.setattr(Path, "rename", None)
+    replace_folder(tmp_path / "one", tmp_path / "other")
+    assert names(tmp_path) == ["one"]
 
 
 def test_an_old_target_that_was_put_aside_comes_back(tmp_path):
