@@ -1,15 +1,16 @@
 """What a run leaves while it goes: runs/NAME/metrics.jsonl and TensorBoard events beside it.
 
-    {"kind": "step", "step": 20, "loss_nats": 6.91, "learning_rate": 0.0008, ...}
-    {"kind": "evaluation", "step": 240, "split": "valid", "ndcg@10": 0.113, ...}
+    {"kind": "step", "step": 20, "wall_s": 1.9, "loss_nats": 6.91, "learning_rate": 0.0008, ...}
+    {"kind": "evaluation", "step": 240, "wall_s": 31.4, "split": "valid", "ndcg@10": 0.113, ...}
 
-A resumed run takes back what was logged after the step it goes on from: the file reads as if the run had never stopped.
+wall_s are seconds since training began, evaluation and saving included; a resumed run goes on from what it kept. A resumed run takes back what was logged after the step it goes on from: the file reads as if the run had never stopped.
 """
 
 import json
 import math
 import os
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +25,15 @@ class MetricsLog:
     Args:
         folder: the run's folder; made if missing.
         resume_step: completed steps of the checkpoint that the run goes on from, 0 for none; later lines are dropped.
+        clock: seconds from any beginning.
     """
 
-    def __init__(self, folder: Path, *, resume_step: int = 0) -> None:
+    def __init__(self, folder: Path, *, resume_step: int = 0, clock: Callable[[], float] = time.perf_counter) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self._path = folder / METRICS_FILE
-        _cut_after(self._path, resume_step)
-        self._file = self._path.open("a")
+        path = folder / METRICS_FILE
+        kept_s = _cut_after(path, resume_step)
+        self._clock, self._began = clock, clock() - kept_s
+        self._file = path.open("a")
         self._board = SummaryWriter(str(folder), purge_step=resume_step + 1)
 
     def __enter__(self) -> "MetricsLog":
@@ -63,6 +66,7 @@ class MetricsLog:
 
     def _write(self, head: dict[str, Any], values: Mapping[str, float]) -> None:
         # null is JSON's only number that is none; NaN would make the line unreadable to others
+        head = {**head, "wall_s": round(self._clock() - self._began, 1)}
         body = {name: value if math.isfinite(value) else None for name, value in values.items()}
         self._file.write(json.dumps(head | body) + "\n")
         self._file.flush()
@@ -75,11 +79,12 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in lines if line.endswith("\n")]
 
 
-def _cut_after(path: Path, step: int) -> None:
+def _cut_after(path: Path, step: int) -> float:
+    """Drop later lines; the seconds of the last one that is kept."""
     if not path.exists():
-        return
-    lines = read_metrics(path.parent) if step else []
-    kept = [json.dumps(line) + "\n" for line in lines if line["step"] <= step]
+        return 0.0
+    kept = [line for line in read_metrics(path.parent) if line["step"] <= step] if step else []
     beside = path.with_name(path.name + ".writing")
-    beside.write_text("".join(kept))
+    beside.write_text("".join(json.dumps(line) + "\n" for line in kept))
     os.replace(beside, path)
+    return kept[-1]["wall_s"] if kept else 0.0

@@ -28,4 +28,4 @@ def result(folder: Path) -> dict:
 
 def logged(folder: Path) -> list[dict]:
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{key: value for key, value in line.items() if key != "events_per_s"} for line in lines]
+    return [{key: value for key, value in line.items() if key not in ("events_per_s", "wall_s")} for line in lines]

@@ -5,8 +5,19 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from ssd_torchrec.training.tracking import METRICS_FILE, MetricsLog, read_metrics
 
 
+class Clock:
+    """Tells half a second more each time it is read, from some beginning."""
+
+    def __init__(self):
+        self.now = 1000.0
+
+    def __call__(self):
+        self.now += 0.5
+        return self.now
+
+
 def train(folder, steps, resume_step=0):
-    with MetricsLog(folder, resume_step=resume_step) as log:
+    with MetricsLog(folder, resume_step=resume_step, clock=Clock()) as log:
         for step in steps:
             log.step(step, {"loss_nats": 8.0 - step, "learning_rate": 1e-3})
             if step % 2 == 0:
@@ -16,9 +27,9 @@ def train(folder, steps, resume_step=0):
 def test_each_logged_step_and_each_evaluation_is_a_line(tmp_path):
     train(tmp_path, [1, 2])
     assert [json.loads(line) for line in (tmp_path / METRICS_FILE).read_text().splitlines()] == [
-        {"kind": "step", "step": 1, "loss_nats": 7.0, "learning_rate": 1e-3},
-        {"kind": "step", "step": 2, "loss_nats": 6.0, "learning_rate": 1e-3},
-        {"kind": "evaluation", "step": 2, "split": "valid", "ndcg@10": 0.2},
+        {"kind": "step", "step": 1, "wall_s": 0.5, "loss_nats": 7.0, "learning_rate": 1e-3},
+        {"kind": "step", "step": 2, "wall_s": 1.0, "loss_nats": 6.0, "learning_rate": 1e-3},
+        {"kind": "evaluation", "step": 2, "split": "valid", "wall_s": 1.5, "ndcg@10": 0.2},
     ]
 
 
