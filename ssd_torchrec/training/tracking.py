@@ -3,7 +3,8 @@
     {"kind": "step", "step": 20, "wall_s": 1.9, "loss_nats": 6.91, "learning_rate": 0.0008, ...}
     {"kind": "evaluation", "step": 240, "wall_s": 31.4, "split": "valid", "ndcg@10": 0.113, ...}
 
-wall_s are seconds since training began, evaluation and saving included; a resumed run goes on from what it kept. A resumed run takes back what was logged after the step it goes on from: the file reads as if the run had never stopped.
+wall_s are seconds since training began, evaluation and saving included; a resumed run goes on from what it kept. It
+takes back what was logged after the step it goes on from: the file reads as if the run had never stopped.
 """
 
 import json
