@@ -16,6 +16,9 @@ READY := .venv/.ready
 READY_FOR := $(STACK) $(CURDIR)
 INSTALLS := pyproject.toml requirements/common.txt requirements/$(STACK).txt packaging/fbgemm-gpu-shim/pyproject.toml
 
+# Those of benchmarks/ that say something of a GPU; the others are of the CPU, the disk, or of data that is not here.
+GPU_BENCHMARKS := ops
+
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -55,7 +58,7 @@ gpu-check: CHECKER := $(or $(PYTHON),$(BIN)/python)
 gpu-check: $(if $(PYTHON),,$(READY))
 	$(CHECKER) -c 'import torch; assert torch.cuda.is_available(), "gpu-check needs a GPU that torch can use; see ssd-torchrec doctor"'
 	PYTHONPATH=.:$${PYTHONPATH:-} $(CHECKER) -m pytest -q -m 'slow or not slow'
-	for benchmark in $(wildcard benchmarks/*.py); do PYTHONPATH=.:$${PYTHONPATH:-} $(CHECKER) "$$benchmark"; done
+	for benchmark in $(GPU_BENCHMARKS); do PYTHONPATH=.:$${PYTHONPATH:-} $(CHECKER) -m benchmarks.$$benchmark; done
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info build packaging/*/build packaging/*/*.egg-info
