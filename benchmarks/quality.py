@@ -3,8 +3,9 @@
     python -m benchmarks.quality tim4rec-ml-1m-64d ratings.dat --preset ml-1m
     python -m benchmarks.quality tim4rec-ml-1m-64d DIR --processes 1 -- --training.seed 1
 
-Prepares the log, trains, writes the table. The log is what `ssd-torchrec prepare` takes, or a data set that it made. Words after -- go to `ssd-torchrec train`.
-Figures land in benchmarks/results/quality-PRESET.md; the run itself stays in the output folder.
+Prepares the log, trains, writes the table. The log is what `ssd-torchrec prepare` takes, or a data set that it made;
+words after -- go to `ssd-torchrec train`. Figures land in benchmarks/results/quality-PRESET.md, the run itself in the
+output folder.
 """
 
 import argparse
@@ -108,7 +109,8 @@ def main() -> None:
         f"# {asked.preset} on {result['data']}",
         "",
         f"Printed by `python -m benchmarks.quality {asked.preset} LOG` on {processor()}, "
-        f"{result['world_size']} process(es), torch {result['versions']['torch']}, torchrec {result['versions']['torchrec']}, seed {result['seed']}.",
+        f"{result['world_size']} process(es), "
+        f"torch {result['versions']['torch']}, torchrec {result['versions']['torchrec']}, seed {result['seed']}.",
         f"{result['epochs']} epochs of {seconds:.1f} s and {speed:,.0f} events/s, evaluations not counted; "
         f"the best one, epoch {result['best_epoch']} by validation NDCG@10, is what is measured.",
         f"Full catalogue, leave-one-out, ties against the model. Published: {SOURCE}.",
