@@ -4,6 +4,7 @@ The only module that looks at the environment: torchrun's variables tell a proce
 run that has no name.
 """
 
+import argparse
 import logging
 import os
 import sys
@@ -15,7 +16,7 @@ from pathlib import Path
 
 import tyro
 
-from ssd_torchrec.errors import SSDTorchRecError
+from ssd_torchrec.errors import ConfigError, SSDTorchRecError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -57,6 +58,49 @@ def _generate(words: list[str]) -> int:
     meta = generate(asked.law, Path(asked.folder))
     print(f"{asked.folder}: {meta.num_users} users, {meta.num_items} items, {meta.num_events} events")
     return 0
+
+
+def _prepare(words: list[str]) -> int:
+    from ssd_torchrec.data.prepare.presets import PRESETS
+    from ssd_torchrec.data.prepare.report import print_outcome, print_step
+    from ssd_torchrec.data.prepare.run import PrepareConfig, prepare
+
+    @dataclass(frozen=True, kw_only=True)
+    class Prepare:
+        log: tyro.conf.Positional[str]
+        """File of the log, or folder of its files."""
+
+        output: str
+        """Where the data set goes; one that is there is replaced."""
+
+        preset: str = ""
+        """Official layout of the log, which then is the default of the options below; one of those listed above."""
+
+        config: PrepareConfig = field(default_factory=PrepareConfig)
+
+    preset = _value_of("--preset", words)
+    if preset and preset not in PRESETS:
+        raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}; without it, name the columns")
+    chosen = PrepareConfig(log=PRESETS[preset].log, name=preset) if preset else PrepareConfig()
+    listed = "\n".join(f"  {name:<14} {of.about}" for name, of in PRESETS.items())
+    asked = tyro.cli(
+        Prepare,
+        args=words,
+        default=Prepare(log=tyro.MISSING, output=tyro.MISSING, config=chosen),
+        prog="ssd-torchrec prepare",
+        description=f"{COMMANDS['prepare'].about}\n\npresets:\n{listed}",
+        config=(tyro.conf.OmitArgPrefixes,),
+    )
+    meta = prepare(Path(asked.log), Path(asked.output), asked.config, on_step=print_step)
+    print_outcome(meta, Path(asked.output))
+    return 0
+
+
+def _value_of(option: str, words: list[str]) -> str:
+    """The value of an option that decides the defaults of others."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument(option, dest="value", default="")
+    return parser.parse_known_args(words)[0].value
 
 
 def _train(words: list[str]) -> int:
@@ -158,6 +202,7 @@ class Command:
 
 COMMANDS = {
     "generate": Command(_generate, "Write a generated data set, in which the gaps between events matter."),
+    "prepare": Command(_prepare, "Make a data set of a raw log: k-core, order, vocabulary, in bounded memory."),
     "train": Command(_train, "Train a preset; every field of the run can be overridden."),
     "evaluate": Command(_evaluate, "Rank the full catalogue with a checkpoint."),
     "recommend": Command(_recommend, "Write the best items of each user, from a checkpoint and a file of users."),

@@ -53,3 +53,32 @@ def test_generate_writes_a_data_set_and_says_how_large(capsys, tmp_path):
     assert main(["generate", str(folder), "--law.num-users", "50"]) == 0
     assert "50 users" in capsys.readouterr().out
     assert json.loads((folder / "meta.json").read_text())["num_users"] == 50
+
+
+def test_prepare_shows_its_steps_and_what_to_type_next(capsys, tmp_path):
+    lines = [f"{user}::{item}::5::{978300000 + 60 * item}" for user in range(1, 7) for item in range(1, 7)]
+    (tmp_path / "ratings.dat").write_text("\n".join([*lines, "9::1::5::978300000", ""]))
+    output = tmp_path / "set"
+    assert main(["prepare", str(tmp_path), "--output", str(output), "--preset", "ml-1m", "--num-oov-buckets", "3"]) == 0
+    shown = [line.split() for line in capsys.readouterr().out.splitlines()]
+    assert shown[0] == ["users", "items", "interactions", "seconds"]
+    assert shown[1][:4] == ["log", "7", "6", "37"]
+    assert shown[2][:6] == ["5-core,", "round", "1", "6", "6", "36"]
+    assert shown[3][:5] == ["data", "set", "6", "6", "36"]
+    assert shown[-1][-2:] == ["--data.path", str(output)]
+    meta = json.loads((output / "meta.json").read_text())
+    assert (meta["name"], meta["num_oov_buckets"]) == ("ml-1m", 3)
+
+
+def test_an_unknown_preset_of_a_log_is_refused_with_the_list(capsys, tmp_path):
+    assert main(["prepare", "log", "--output", str(tmp_path / "set"), "--preset=ml-3m"]) == 2
+    assert "--preset must be one of ml-1m, " in capsys.readouterr().err
+
+
+def test_help_of_prepare_shows_presets_and_what_a_preset_sets(capsys):
+    with pytest.raises(SystemExit):
+        main(["prepare", "--preset", "kuairand-pure", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "ratings.dat" in shown
+    assert "(default: video_id)" in shown
+    assert "--k-core" in shown

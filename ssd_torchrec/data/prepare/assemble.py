@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 
 from ssd_torchrec.data.prepare.by_user import ByUser, bags_of, lengths_of
-from ssd_torchrec.data.prepare.core import quoted
+from ssd_torchrec.data.prepare.source import quoted_name
 from ssd_torchrec.data.rows import Ints, Rows, offsets_of
 from ssd_torchrec.data.values import Values
 from ssd_torchrec.data.vocabulary import Vocabulary
@@ -160,7 +160,7 @@ def _user_values(connection: duckdb.DuckDBPyConnection, number: int, name: str, 
     """Make bags_{number} and values_{number}."""
     if extras.of_users_table:
         told = (
-            f'SELECT DISTINCT left_users."user", users.{quoted(name)} AS value FROM users '
+            f'SELECT DISTINCT left_users."user", users.{quoted_name(name)} AS value FROM users '
             "JOIN raw_users ON users.user_id = raw_users.raw JOIN left_users ON raw_users.u = left_users.u"
         )
     else:

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 
 import duckdb
 
+from ssd_torchrec.data.prepare.source import quoted_name
 from ssd_torchrec.errors import DataError
 
 
@@ -44,7 +45,7 @@ def code_events(connection: duckdb.DuckDBPyConnection, extras: Sequence[str]) ->
             f"FROM (SELECT DISTINCT {column} AS raw FROM events)"
         )
     columns = ["raw_users.u", "raw_items.i", "events.timestamp", "events.position"]
-    columns += [f"events.{quoted(name)} AS extra_{number}" for number, name in enumerate(extras)]
+    columns += [f"events.{quoted_name(name)} AS extra_{number}" for number, name in enumerate(extras)]
     connection.execute(
         f"CREATE TABLE coded AS SELECT {', '.join(columns)} FROM events "
         "JOIN raw_users ON events.user_id = raw_users.raw JOIN raw_items ON events.item = raw_items.raw"
@@ -74,11 +75,6 @@ def k_core(connection: duckdb.DuckDBPyConnection, k: int) -> Iterator[Counts]:
                 "give a smaller --k-core (0 keeps all), or a larger part of the log"
             )
         yield kept[-1]
-
-
-def quoted(name: str) -> str:
-    """A column's name as SQL takes it."""
-    return '"' + name.replace('"', '""') + '"'
 
 
 def _count(connection: duckdb.DuckDBPyConnection) -> Counts:

@@ -1,0 +1,204 @@
+"""From a raw log to a data set: read, k-core, order, write; out of core in a database that is removed at the end."""
+
+import re
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import duckdb
+import pyarrow as pa
+
+from ssd_torchrec.data.prepare.assemble import Extras, Order, assemble
+from ssd_torchrec.data.prepare.core import Counts, code_events, k_core
+from ssd_torchrec.data.prepare.log import LogConfig
+from ssd_torchrec.data.prepare.stage import stage
+from ssd_torchrec.data.schema import DatasetMeta, check_names
+from ssd_torchrec.data.scratch import scratch_folder
+from ssd_torchrec.data.writer import DatasetWriter, check_target
+from ssd_torchrec.errors import ConfigError, DataError
+
+LOG = "log"  # the step that comes first
+
+
+@dataclass(frozen=True, kw_only=True)
+class PrepareConfig:
+    """How a log becomes a data set."""
+
+    log: LogConfig = field(default_factory=LogConfig)
+    """How the log is read."""
+
+    name: str = ""
+    """How reports call the data set; empty: as the log's file or folder."""
+
+    k_core: int = 5
+    """Least interactions of a user and of an item: others leave, again and again until none does; 0 keeps all."""
+
+    order: Order = "int64"
+    """Events of a user by time, those of one time as in the log. float32-stable takes times for equal that are so in
+    float32 (up to 128 s apart), as RecBole does and the papers' figures with it."""
+
+    num_oov_buckets: int = 16
+    """Table rows that items unknown to this data set share by hash."""
+
+    memory_limit: str = "1GiB"
+    """What the database may take before it spills to disk; the process needs some 0.5 GiB beside it."""
+
+    threads: int = 0
+    """Threads of the database; 0: one a core."""
+
+    temporary: str = ""
+    """Folder for what does not fit into memory, up to some times the log; empty: beside the output."""
+
+    def __post_init__(self) -> None:
+        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(MiB|GiB|TiB|MB|GB|TB)", self.memory_limit):
+            raise ConfigError(f"memory_limit must be a number and its unit, got {self.memory_limit!r}; write 2GiB")
+        for name, least in {"k_core": 0, "num_oov_buckets": 1, "threads": 0}.items():
+            if getattr(self, name) < least:
+                raise ConfigError(
+                    f"{name} must be at least {least}, got {getattr(self, name)}; leave it at its default"
+                )
+
+
+@dataclass(frozen=True)
+class Step:
+    """What prepare has come to."""
+
+    name: str
+    counts: Counts
+    elapsed_s: float  # since the step before
+
+
+def prepare(
+    log: Path | str, output: Path | str, config: PrepareConfig, *, on_step: Callable[[Step], None] = lambda step: None
+) -> DatasetMeta:
+    """Write the data set of a log; the same log and configuration give the same fingerprint.
+
+    Args:
+        log: file or folder, of a format that `LogConfig` knows.
+        output: where the data set goes; one that is there is replaced when the new one is complete.
+        on_step: told of the log, of each round of the k-core and of the data set.
+
+    Raises:
+        DataError: the log is not what it must be, the k-core is empty, `output` holds something that is no data set, or
+            there cannot be written.
+        ConfigError: `memory_limit` is too small for this log.
+
+    However it ends, what it wrote outside `output` is removed; after a kill, by the next prepare of the same output.
+    """
+    output = Path(output).absolute()
+    check_target(output)
+    extras = Extras(event=config.log.event_columns, user=config.log.user_columns, of_users_table=bool(config.log.users))
+    check_names(list(extras.names))
+    beside = Path(config.temporary).absolute() / output.name if config.temporary else output
+    clock = _Clock(on_step)
+    with _sigterm_unwinds(), _explained(output, beside.parent, config), scratch_folder(beside, "spill") as folder:
+        connection = _database(folder, config)
+        try:
+            return _prepare(connection, Path(log), output, config, extras, clock)
+        finally:
+            connection.close()
+
+
+def _prepare(
+    connection: duckdb.DuckDBPyConnection,
+    log: Path,
+    output: Path,
+    config: PrepareConfig,
+    extras: Extras,
+    clock: "_Clock",
+) -> DatasetMeta:
+    stage(connection, log, config.log)
+    connection.execute("SET preserve_insertion_order = false")  # position tells the order; memory for it is not needed
+    code_events(connection, extras.of_log)
+    for number, counts in enumerate(k_core(connection, config.k_core)):
+        clock.lap(f"{config.k_core}-core, round {number}" if number else LOG, counts)
+    left = assemble(connection, extras, config.order, config.num_oov_buckets)
+    with DatasetWriter(
+        output,
+        name=config.name or log.name.split(".")[0],
+        vocabulary=left.vocabulary,
+        context=left.context,
+        event_columns=left.event_columns,
+        values=left.values,
+        raw_user_type="string" if left.raw_user_is_string else "int64",
+    ) as writer:
+        for rows, raw_user_ids in left.blocks():
+            writer.append(rows, raw_user_ids)
+        meta = writer.finish()
+    clock.lap("data set", Counts(meta.num_users, meta.num_items, meta.num_events))
+    return meta
+
+
+def _database(folder: Path, config: PrepareConfig) -> duckdb.DuckDBPyConnection:
+    settings: dict[str, Any] = {"memory_limit": config.memory_limit, "temp_directory": str(folder / "spill")}
+    if config.threads:
+        settings["threads"] = config.threads
+    connection = duckdb.connect(str(folder / "log.duckdb"), config=settings)
+    connection.execute("SET enable_progress_bar = false")
+    return connection
+
+
+class _Clock:
+    def __init__(self, on_step: Callable[[Step], None]) -> None:
+        self._on_step, self._last = on_step, time.monotonic()
+
+    def lap(self, name: str, counts: Counts) -> None:
+        before, self._last = self._last, time.monotonic()
+        self._on_step(Step(name, counts, self._last - before))
+
+
+@contextmanager
+def _explained(output: Path, temporary: Path, config: PrepareConfig) -> Iterator[None]:
+    """Errors of the disk and of the database in our words."""
+    try:
+        yield
+    except duckdb.OutOfMemoryException as error:
+        raise ConfigError(
+            f"memory_limit must suffice for this log, {config.memory_limit} did not: {_first_line(error)}; raise it, "
+            f"lower --threads, or free space in {temporary}"
+        ) from error
+    except duckdb.InterruptException:
+        raise
+    except (OSError, pa.ArrowException, duckdb.Error) as error:
+        raise DataError(
+            f"{output} and {temporary} must take what prepare writes, but {_first_line(error)}; free space there, or "
+            "give another --output or --temporary"
+        ) from error
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).partition("\n")[0]
+
+
+@contextmanager
+def _sigterm_unwinds() -> Iterator[None]:
+    """Let SIGTERM clean up before it ends the process, with the status of a process it ended."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals are the main thread's
+        return
+    terminated = False
+
+    def unwind(_signal: int, _frame: FrameType | None) -> None:
+        nonlocal terminated
+        terminated = True
+        sys.exit(128 + signal.SIGTERM)
+
+    previous = signal.signal(signal.SIGTERM, unwind)
+    try:
+        yield
+    except (RuntimeError, duckdb.InterruptException) as error:
+        # how duckdb passes on what a signal handler raised
+        if isinstance(error, RuntimeError) and str(error) != "Query interrupted":
+            raise
+        if terminated:
+            sys.exit(128 + signal.SIGTERM)
+        raise KeyboardInterrupt from error
+    finally:
+        signal.signal(signal.SIGTERM, previous)

@@ -1,0 +1,109 @@
+"""Whatever ends a prepare, and whenever: under the name lies the old data set or the new one, whole."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import pyarrow.parquet as pq
+import pytest
+
+from ssd_torchrec.data.parquet import open_dataset
+from ssd_torchrec.data.prepare.log import LogConfig
+from ssd_torchrec.data.prepare.run import PrepareConfig, prepare
+from tests.data.prepare.events import random_events
+
+CONFIG = PrepareConfig(log=LogConfig(user="user_id", item="item", timestamp="timestamp"), k_core=2)
+PREPARES = """
+import os, signal, sys
+from ssd_torchrec.data import writer
+from ssd_torchrec.data.prepare import run
+from tests.data.prepare.test_kill import CONFIG
+
+def end(here):
+    if here == point:
+        os.kill(os.getpid(), getattr(signal, name))
+
+def at_a_step(step):
+    end(step.name)
+
+def replace_folder(target, new):
+    end("before the swap")
+    swap(target, new)
+    end("after the swap")
+
+log, output, point, name = sys.argv[1:]
+swap, writer.replace_folder = writer.replace_folder, replace_folder
+print("begins", flush=True)
+run.prepare(log, output, CONFIG, on_step=at_a_step)
+print("ends", flush=True)
+"""
+
+
+@pytest.fixture
+def logs(tmp_path):
+    """Two logs; a data set of the old one, and what both give."""
+    prints = []
+    for name, seed in (("new", 0), ("old", 1)):
+        events = random_events(seed, 60_000, num_users=500, num_items=900, seconds=10**6)
+        pq.write_table(events.drop_columns("position"), tmp_path / f"{name}.parquet")
+        prints.append(prepare(tmp_path / f"{name}.parquet", tmp_path / "set", CONFIG).fingerprint)
+    return prints
+
+
+def begun(folder, point="never", name="SIGKILL"):
+    """Prepare of the new log over the data set of the old, in a process that has begun."""
+    words = [str(folder / "new.parquet"), str(folder / "set"), point, name]
+    process = subprocess.Popen([sys.executable, "-c", PREPARES, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    assert process.stdout.readline() == b"begins\n", process.communicate()
+    return process
+
+
+def leftovers(folder):
+    return [path.name for path in folder.iterdir() if path.name.startswith(".")]
+
+
+def test_killed_at_any_time_there_is_the_old_or_the_new(tmp_path, logs):
+    process = begun(tmp_path)
+    start = time.monotonic()
+    process.communicate()
+    whole_s = time.monotonic() - start
+    prepare(tmp_path / "old.parquet", tmp_path / "set", CONFIG)
+    for share in (0.02, 0.2, 0.4, 0.6, 0.75, 0.85, 0.95):
+        process = begun(tmp_path)
+        time.sleep(share * whole_s)
+        process.kill()
+        process.communicate()
+        assert open_dataset(tmp_path / "set").fingerprint in logs, share
+    prepare(tmp_path / "old.parquet", tmp_path / "set", CONFIG)
+    assert leftovers(tmp_path) == []
+
+
+POINTS = {"log": "old", "before the swap": "old", "after the swap": "new", "data set": "new"}
+
+
+@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
+@pytest.mark.parametrize("point", POINTS)
+def test_ended_at_a_point(tmp_path, logs, point, name):
+    process = begun(tmp_path, point, name)
+    assert b"ends" not in process.communicate()[0]
+    expected = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 128 + signal.SIGTERM, "SIGINT": -signal.SIGINT}
+    assert process.returncode == expected[name]
+    new, old = logs
+    assert open_dataset(tmp_path / "set").fingerprint == (old if POINTS[point] == "old" else new)
+    if name == "SIGKILL":
+        assert leftovers(tmp_path)
+        prepare(tmp_path / "old.parquet", tmp_path / "set", CONFIG)
+    assert leftovers(tmp_path) == []
+
+
+def test_terminated_within_the_database_nothing_is_left(tmp_path, logs):
+    for name, status in ((signal.SIGTERM, 128 + signal.SIGTERM), (signal.SIGINT, -signal.SIGINT)):
+        process = begun(tmp_path)
+        time.sleep(0.1)
+        process.send_signal(name)
+        _, complaint = process.communicate()
+        assert process.returncode in (status, 0), complaint
+        assert open_dataset(tmp_path / "set").fingerprint in logs
+        assert leftovers(tmp_path) == []
