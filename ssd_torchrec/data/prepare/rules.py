@@ -7,6 +7,7 @@ a time there in one unit is none in any other.
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from math import isfinite
 
 from ssd_torchrec.data.prepare.log import Condition, TimeUnit
 from ssd_torchrec.data.prepare.source import Column, quoted_text
@@ -39,7 +40,7 @@ def id_rules(column: Column) -> list[Rule]:
     """Ids are there, and strings or whole numbers of 64 bits."""
     must_be = "must be whole numbers or strings"
     if column.kind in ("real", "instant", "boolean", "unfit"):
-        mend = "cast it; if pandas made floats of it because ids are missing, drop those rows first"
+        mend = "cast it, dropping rows without an id first" if column.kind == "real" else "cast it"
         raise DataError(f"{column.file}: {column.name} {must_be}, got {column.type}; {mend}")
     rules = [Rule.of(column, f"coalesce({column.text}, '') = ''", "must not be null or empty", "drop the row")]
     if column.kind == "json":
@@ -71,13 +72,15 @@ def is_string(column: Column) -> str:
     return "false" if column.kind == "integer" else "true"
 
 
-def type_rule(column: Column, raw_type: RawType) -> Rule:
-    """Ids are of one type, that of the other rows or of the log; text without a type can be either."""
+def type_rule(column: Column, raw_type: RawType, others: str) -> Rule:
+    """Ids are of the same type as others; text without a type can be either.
+
+    Args:
+        others: "as ...", for messages.
+    """
     if raw_type == "int64":
-        return Rule.of(column, f"NOT {is_integer(column)}", "must be whole numbers as the others are", "correct it")
-    return Rule.of(
-        column, f"NOT {is_string(column)}", "must be strings as the others are", "write every id as a string"
-    )
+        return Rule.of(column, f"NOT {is_integer(column)}", f"must be whole numbers {others}", "correct it")
+    return Rule.of(column, f"NOT {is_string(column)}", f"must be strings {others}", "write every id as a string")
 
 
 def as_id(column: Column, raw_type: RawType) -> str:
@@ -105,7 +108,8 @@ def value_rules(column: Column) -> list[Rule]:
 def as_seconds(column: Column, unit: TimeUnit) -> str:
     """SQL: unix seconds, rounded down; null where there is no time."""
     if column.kind == "instant":
-        return f"(epoch_us({column.sql}) // 1000000)"
+        ns = "[ns" in column.type
+        return f"({'epoch_ns' if ns else 'epoch_us'}({column.sql}) // {10**9 if ns else 10**6})"
     if unit == "iso":
         instant = f"epoch_us(TRY_CAST({column.text} AS TIMESTAMP)) // 1000000"
         return f"(CASE WHEN regexp_full_match({column.text}, '{_ISO}') THEN {instant} END)"
@@ -122,6 +126,13 @@ def as_seconds(column: Column, unit: TimeUnit) -> str:
     )
 
 
+def as_float32(column: Column, unit: TimeUnit) -> str:
+    """SQL: the number that the log has for a time, rounded to float32; dates count in seconds."""
+    if column.kind == "instant" or unit == "iso":
+        return f"CAST({as_seconds(column, unit)} AS FLOAT)"
+    return f"CAST(CAST({column.text} AS DOUBLE) AS FLOAT)"
+
+
 def time_rules(column: Column, unit: TimeUnit) -> list[Rule]:
     """Times are there, of their unit, and of our days."""
     if column.kind in ("boolean", "unfit") or (unit == "iso" and column.kind in ("integer", "real")):
@@ -132,13 +143,13 @@ def time_rules(column: Column, unit: TimeUnit) -> list[Rule]:
     null = f"coalesce({column.text}, '') = ''"
     return [
         Rule.of(column, null, "must not be null or empty", "drop the row"),
-        Rule(column, f"{seconds} IS NULL", f"must be {_unit_in_words(unit)}", lambda value: _other_unit(column, value)),
+        Rule(column, f"{seconds} IS NULL", f"must be {_unit_in_words(unit)}", lambda value: _mend(column, unit, value)),
         Rule.of(column, f"{seconds} < 0", "must not be negative", "correct the time or drop the row"),
         Rule(
             column,
             f"{seconds} NOT BETWEEN {FIRST_S} AND {LAST_S - 1}",
             f"must fall into 1980..2100{told}",
-            lambda value: _other_unit(column, value),
+            lambda value: _mend(column, unit, value),
         ),
     ]
 
@@ -163,17 +174,20 @@ def _unit_in_words(unit: TimeUnit) -> str:
     )
 
 
-def _other_unit(column: Column, text: str) -> str:
-    """The mend of a time that is none in the unit of the log."""
+def _mend(column: Column, unit: TimeUnit, text: str) -> str:
+    """What to do about a time that is none in the unit of the log."""
+    correct = "correct the time or drop the row"
+    is_date = text[:4].isdigit() and text[4:5] == "-"
+    if is_date and column.kind != "instant":
+        return "write it like these" if unit == "iso" else "give --time-unit iso"
     try:
         value = float(text)
     except ValueError:
-        is_date = text[:4].isdigit() and text[4:5] == "-"
-        return "give --time-unit iso, without an offset from UTC" if is_date else "correct the time or drop the row"
-    unit = fitting_unit(value)
-    if not unit:
-        return f"correct the times, or leave such rows out, as by --keep '{column.name}>=N'"
-    day = f"{datetime.fromtimestamp(value * _UNITS_S[unit], UTC):%Y-%m-%d}"
-    mends = {"s": "give --time-unit s", "ms": "give --time-unit ms", "us": "give --time-unit us"}
-    mends["ns"] = "divide the column by 1000 and give --time-unit us"
-    return f"in {unit} it is {day}: {mends.get(unit, f'multiply the column by {_UNITS_S[unit]:.0f}')}"
+        return correct
+    fits = fitting_unit(value)
+    if not fits:
+        return f"{correct}, or leave such rows out, as by --keep '{column.name}>=N'" if isfinite(value) else correct
+    day = datetime.fromtimestamp(value * _UNITS_S[fits], UTC)
+    mends = {"ns": "divide the column by 1000 and give --time-unit us"}
+    mends |= {fit: f"give --time-unit {fit}" for fit in _PER_SECOND}
+    return f"in {fits} it is {day:%Y-%m-%d}: {mends.get(fits, f'multiply the column by {_UNITS_S[fits]:.0f}')}"

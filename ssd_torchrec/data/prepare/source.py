@@ -7,6 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -65,6 +66,12 @@ class Source(ABC):
             raise self.explain(error) from error
 
 
+def runs(files: Sequence[Path], gzipped: frozenset[Path]) -> Iterator[tuple[Sequence[Path], str]]:
+    """Neighbours that are compressed alike, and how: one call of the database reads its files alike."""
+    for compressed, run in groupby(files, key=gzipped.__contains__):
+        yield list(run), "'gzip'" if compressed else "'none'"
+
+
 def file_list(files: Sequence[Path]) -> str:
     """Files as SQL takes them, none of their letters a wildcard."""
     return f"[{', '.join(quoted_text(_literal(str(file))) for file in files)}]"
@@ -85,10 +92,12 @@ def first_sentence(error: duckdb.Error) -> str:
     return str(error).strip().partition("\n")[0].removeprefix("Invalid Input Error: ").removeprefix("IO Error: ")
 
 
-def missing(file: Path, name: str, there: Sequence[str], mend: str) -> DataError:
+def missing(file: Path, name: str, there: Sequence[str], also: str = "") -> DataError:
     """A column that is not there."""
     listed = ", ".join(there[:40]) + (", ..." if len(there) > 40 else "")
-    return DataError(f"{file}: must have a column {name}, got {listed or 'none'}; {mend}")
+    return DataError(
+        f"{file}: must have a column {name}, got {listed or 'none'}; correct the option that names it{also}"
+    )
 
 
 def _literal(path: str) -> str:

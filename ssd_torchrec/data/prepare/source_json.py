@@ -16,8 +16,9 @@ from ssd_torchrec.data.prepare.source import (
     missing,
     quoted_name,
     quoted_text,
+    runs,
 )
-from ssd_torchrec.data.prepare.source_text import opened
+from ssd_torchrec.data.prepare.source_text import not_utf8, opened
 from ssd_torchrec.errors import DataError
 
 _MEND = "correct the line; one object a line, in double quotes"
@@ -32,10 +33,10 @@ class JsonSource(Source):
     def relation(self, files: Sequence[Path]) -> str:
         columns = ", ".join(f"{quoted_text(name)}: 'JSON'" for name in self.columns)
         names = ", ".join(f"{quoted_name(name)} AS {column.sql}" for name, column in self.columns.items())
+        told = f"columns = {{{columns}}}, format = 'newline_delimited'"
         parts = [
-            f"SELECT {names} FROM read_json({file_list([file])}, format = 'newline_delimited', "
-            f"columns = {{{columns}}}, compression = '{'gzip' if file in self.gzipped else 'none'}')"
-            for file in files
+            f"SELECT {names} FROM read_json({file_list(part)}, compression = {compression}, {told})"
+            for part, compression in runs(files, self.gzipped)
         ]
         return f"({' UNION ALL '.join(parts)})"
 
@@ -52,8 +53,8 @@ class JsonSource(Source):
                 for number, line in _lines(file):
                     if (wrong := _wrong(line)) is not None:
                         return DataError(f"{file}, line {number}: must be a JSON object, but {wrong}; {_MEND}")
-            except UnicodeDecodeError as undecodable:
-                return not_utf8(file, undecodable)
+            except UnicodeDecodeError:
+                return not_utf8([file])
         return DataError(f"{self.files[0]}: must be JSON lines, but {first_sentence(error)}; {_MEND}")
 
 
@@ -67,7 +68,7 @@ def open_json(files: tuple[Path, ...], wanted: Sequence[str]) -> JsonSource:
         try:
             number, line = next(_lines(file), (0, ""))
         except UnicodeDecodeError as error:
-            raise not_utf8(file, error) from error
+            raise not_utf8([file]) from error
         if not line:
             continue
         if (wrong := _wrong(line)) is not None:
@@ -75,26 +76,23 @@ def open_json(files: tuple[Path, ...], wanted: Sequence[str]) -> JsonSource:
         there = list(json.loads(line))
         for name in wanted:
             if name not in there:
-                raise missing(file, name, there, "name it by its option")
+                raise missing(file, name, there)
         columns = {name: Column(name, f"c_{number}", file, "json") for number, name in enumerate(wanted)}
         return JsonSource(files, columns, frozenset(filter(is_gzip, files)))
     raise DataError(f"{files[0]}: must hold something, got nothing; correct the path")
 
 
-def not_utf8(file: Path, error: UnicodeDecodeError) -> DataError:
-    """Bytes that are no text."""
-    return DataError(f"{file}: must be UTF-8 text, but {error}; convert the file, as by `iconv -f latin1 -t utf-8`")
-
-
 def _lines(file: Path) -> Iterator[tuple[int, str]]:
-    with opened(file) as lines:
+    with opened(file, "utf-8") as lines:
         yield from ((number, line) for number, line in enumerate(lines, 1) if line.strip())
 
 
 def _wrong(line: str) -> str | None:
     """What is wrong with a line, if anything is."""
     try:
-        pairs = json.loads(line, object_pairs_hook=list, parse_constant=_refused)
+        pairs = json.loads(line.rstrip("\r\n"), object_pairs_hook=list, parse_constant=_refused)
+    except json.JSONDecodeError as error:
+        return f"{error.msg} at letter {error.colno}"
     except ValueError as error:
         return str(error)
     if not line.lstrip().startswith("{"):

@@ -79,7 +79,7 @@ def _type(file: Path, schema: pa.Schema, name: str) -> pa.DataType:
             f"{file}: must have the column {name} once, got it {schema.names.count(name)} times; rename one"
         )
     if name not in schema.names:
-        raise missing(file, name, schema.names, "name it by its option")
+        raise missing(file, name, schema.names)
     found = schema.field(name).type
     return found.value_type if pa.types.is_dictionary(found) else found
 

@@ -8,10 +8,9 @@ import csv
 import gzip
 import re
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TextIO
+from typing import TextIO, cast
 
 import duckdb
 
@@ -24,6 +23,7 @@ from ssd_torchrec.data.prepare.source import (
     first_sentence,
     missing,
     quoted_text,
+    runs,
 )
 from ssd_torchrec.errors import DataError
 
@@ -81,14 +81,11 @@ class TextSource(Source):
             "escape": quoted_text(self.layout.quote),
             "strict_mode": "true",
         }
-        # one call a compression: a call reads all of its files alike
-        parts = []
-        for part in _runs(files, self.gzipped):
-            compression = "gzip" if part[0] in self.gzipped else "none"
-            told = ", ".join(
-                f"{name} = {value}" for name, value in (options | {"compression": f"'{compression}'"}).items()
-            )
-            parts.append(f"SELECT * FROM read_csv({file_list(part)}, {told})")
+        told = ", ".join(f"{name} = {value}" for name, value in options.items())
+        parts = [
+            f"SELECT * FROM read_csv({file_list(part)}, compression = {compression}, {told})"
+            for part, compression in runs(files, self.gzipped)
+        ]
         return f"({' UNION ALL '.join(parts)})"
 
     def place(self, file: Path, row: int) -> str:
@@ -103,13 +100,13 @@ class TextSource(Source):
 
     def explain(self, error: duckdb.Error) -> DataError:
         said = str(error)
+        if "unicode" in said.lower():
+            return not_utf8(self.files)
         line, file = re.search(r"on Line: (\d+)", said), re.search(r"^\s*file = (.*)$", said, re.MULTILINE)
         where = f"{file[1] if file else self.files[0]}" + (f", line {line[1]}" if line else "")
         cells = re.search(r"Expected Number of Columns: (\d+) Found: (\d+)", said)
         if cells:
             told = f"must have {cells[1]} cells, got {cells[2]}; correct the line, or give --delimiter"
-        elif "unicode" in said.lower() or "utf-8" in said.lower():
-            told = "must be UTF-8 text, got other bytes; convert the file, as by `iconv -f latin1 -t utf-8`"
         elif "quote" in said.partition("Possible")[0]:
             told = 'must close the quote it opens, got none; correct the line, or write a quote within quotes as ""'
         elif "state machine" in said:
@@ -137,26 +134,35 @@ def open_text(files: tuple[Path, ...], layout: Layout, wanted: Sequence[str], op
             raise DataError(
                 f"{file}: must have the columns {names} of {first.name}, got {others}; give the log's files by --files"
             )
-    mend = f"name it by its option, or, if the files have no header line, name all columns by {option}"
+    also = f", or name all columns by {option} if the files have no header line, or give --delimiter"
     columns = {}
     for name in wanted:
         if names.count(name) > 1:
             raise DataError(f"{first}: must have the column {name} once, got it {names.count(name)} times; rename one")
         if name not in names:
-            raise missing(first, name, names, mend)
+            raise missing(first, name, names, also)
         columns[name] = Column(name, f"c_{names.index(name)}", first, "text")
     return TextSource(files, columns, layout, len(names), frozenset(filter(is_gzip, files)))
 
 
-@contextmanager
-def opened(file: Path) -> Iterator[TextIO]:
-    """A file's lines as text, decompressed if need be, without its byte order mark."""
-    if is_gzip(file):
-        with gzip.open(file, "rt", encoding="utf-8-sig", newline="") as lines:
-            yield lines  # pyright: ignore[reportReturnType]
-    else:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            yield lines
+def opened(file: Path, encoding: str = "utf-8-sig") -> TextIO:
+    """A file's text, decompressed if need be, without its byte order mark."""
+    opener = gzip.open if is_gzip(file) else open
+    return cast(TextIO, opener(file, "rt", encoding=encoding, newline=""))
+
+
+def not_utf8(files: Sequence[Path]) -> DataError:
+    """The first line of files that is not UTF-8."""
+    mend = "convert the file, as by `iconv -f latin1 -t utf-8`"
+    for file in files:
+        with gzip.open(file) if is_gzip(file) else file.open("rb") as lines:
+            for number, line in enumerate(lines, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError as error:
+                    wrong = f"{error.object[error.start : error.start + 1]!r} at byte {error.start}"
+                    return DataError(f"{file}, line {number}: must be UTF-8 text, got {wrong}; {mend}")
+    return DataError(f"{files[0]}: must be UTF-8 text, got other bytes; {mend}")
 
 
 def _header(file: Path, layout: Layout) -> list[str]:
@@ -164,9 +170,7 @@ def _header(file: Path, layout: Layout) -> list[str]:
     try:
         _, cells = next(layout.records(file), (0, []))
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file}: must be UTF-8 text, but {error}; convert the file, as by `iconv -f latin1 -t utf-8`"
-        ) from error
+        raise not_utf8([file]) from error
     except csv.Error as error:
         raise DataError(f"{file}, line 1: must be {layout.format}, but {error}; correct the line") from error
     if layout.names and cells and len(cells) != len(layout.names):
@@ -187,14 +191,3 @@ def _recbole_name(file: Path, cell: str) -> str:
             "correct the header, or read the file as --format tsv"
         )
     return name
-
-
-def _runs(files: Sequence[Path], gzipped: frozenset[Path]) -> Iterator[list[Path]]:
-    """Neighbours that are compressed alike."""
-    run: list[Path] = []
-    for file in files:
-        if run and (file in gzipped) != (run[-1] in gzipped):
-            yield run
-            run = []
-        run.append(file)
-    yield run

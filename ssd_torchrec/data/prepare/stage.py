@@ -27,7 +27,7 @@ from ssd_torchrec.data.prepare.survey import Reading, refusal, survey
 from ssd_torchrec.data.schema import RawType
 from ssd_torchrec.errors import ConfigError
 
-_STAGED = ("user_id", "item", "timestamp", "position")
+_STAGED = ("user_id", "item", "timestamp", "position", "float32_time")
 
 
 @dataclass(frozen=True)
@@ -41,12 +41,15 @@ class StagedLog:
     files: tuple[Path, ...]  # of the log, in order
 
 
-def stage(connection: duckdb.DuckDBPyConnection, log: Path, config: LogConfig) -> StagedLog:
+def stage(
+    connection: duckdb.DuckDBPyConnection, log: Path, config: LogConfig, *, float32_time: bool = False
+) -> StagedLog:
     """Make the table events of a log and, if `config.users` is given, the table users.
 
     Args:
         connection: a database without these tables; its memory limit holds.
         log: file or folder.
+        float32_time: whether events get a column float32_time, the time in the log's unit rounded to float32.
 
     Raises:
         ConfigError: a further column has a name that the tables cannot have.
@@ -75,6 +78,7 @@ def stage(connection: duckdb.DuckDBPyConnection, log: Path, config: LogConfig) -
         "item": rules.as_id(item, item_type),
         "timestamp": rules.as_seconds(time, config.time_unit),
         "position": "row_number() OVER () - 1",
+        **({"float32_time": rules.as_float32(time, config.time_unit)} if float32_time else {}),
         **{name: rules.as_value(source.columns[name]) for name in of_log},
     }
     _store(connection, "events", selected, reading)
@@ -90,7 +94,7 @@ def _stage_users(
     layout = Layout.of(kind, "", config.columns_of_users or (MOVIELENS_USERS if kind == "dat" else ()))
     source = _open(files, layout, (name, *config.user_columns), "--columns-of-users")
     reading, user = Reading(source), source.columns[name]
-    every_rule = [*rules.id_rules(user), rules.type_rule(user, user_type)]
+    every_rule = [*rules.id_rules(user), rules.type_rule(user, user_type, "as in the log")]
     every_rule += [rule for told in config.user_columns for rule in rules.value_rules(source.columns[told])]
     survey(connection, reading, every_rule, [])
     values = {told: rules.as_value(source.columns[told]) for told in config.user_columns}
@@ -124,7 +128,9 @@ def _raw_type(
         return "int64"
     if integers and column.kind == "json":
         few: RawType = "string" if 2 * integers < num_rows else "int64"
-        raise refusal(connection, reading, rules.type_rule(column, few), min(integers, num_rows - integers))
+        raise refusal(
+            connection, reading, rules.type_rule(column, few, "as in other rows"), min(integers, num_rows - integers)
+        )
     return "string"
 
 

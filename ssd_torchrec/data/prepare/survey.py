@@ -66,7 +66,7 @@ def refusal(connection: duckdb.DuckDBPyConnection, reading: Reading, rule: Rule,
     """Say where a rule is broken first, and by what."""
     file, row, value = _first(connection, reading, rule)
     got = "nothing" if value in (None, "") else repr(value if len(value) <= 80 else value[:80] + "...")
-    others = f" and {count - 1} more such rows" if count > 1 else ""
+    others = f" and {count - 1} more rows like it" if count > 1 else ""
     told = f"{reading.source.place(file, row)}: {rule.column.name} {rule.must}, got {got}{others}"
     return DataError(f"{told}; {rule.mend(value or '')}")
 
@@ -86,9 +86,9 @@ def _first(connection: duckdb.DuckDBPyConnection, reading: Reading, rule: Rule) 
 
 def _nothing(connection: duckdb.DuckDBPyConnection, source: Source) -> DataError:
     with source.reading():
-        rows = connection.execute(f"SELECT count(*) FROM {source.relation(source.files)}").fetchall()
-    num_rows = rows[0][0]
+        (num_rows,) = connection.execute(f"SELECT count(*) FROM {source.relation(source.files)}").fetchall()[0]
     if num_rows:
         return DataError(f"{source.files[0]}: must hold rows that --keep keeps, got none of {num_rows}; loosen --keep")
-    others = f" and {len(source.files) - 1} more files" if len(source.files) > 1 else ""
-    return DataError(f"{source.files[0]}{others}: must hold rows, got none; correct the path")
+    first, *more = source.files
+    others = f" and {len(more)} more files" if more else ""
+    return DataError(f"{first}{others}: must hold rows, got none; correct the path")
