@@ -7,7 +7,7 @@ order in which they leave.
     # events     user_id, item, ...         the log, given; dropped once it is coded
     # raw_users  raw, u                     users of the log; u counts them in ascending order
     # raw_items  raw, i                     items likewise
-    # coded      u, i, timestamp, position, extra_0, extra_1, ...
+    # coded      u, i, position, timestamp, extra_0, extra_1, ...
     #                                       the log with numbers for names
     # pairs      u, i                       what is left of coded; the k-core in the end
 """
@@ -33,18 +33,21 @@ class Counts:
         return f"{self.users} users, {self.items} items, {self.events} interactions"
 
 
-def code_events(connection: duckdb.DuckDBPyConnection, extras: Sequence[str]) -> None:
+def code_events(
+    connection: duckdb.DuckDBPyConnection, extras: Sequence[str], *, time: Sequence[str] = ("timestamp",)
+) -> None:
     """Make raw_users, raw_items and coded of events, which is dropped.
 
     Args:
         extras: further columns of events, called extra_0, extra_1, ... from here on.
+        time: columns of events that tell their time.
     """
     for table, column, number in (("raw_users", "user_id", "u"), ("raw_items", "item", "i")):
         connection.execute(
             f"CREATE TABLE {table} AS SELECT raw, row_number() OVER (ORDER BY raw) - 1 AS {number} "
             f"FROM (SELECT DISTINCT {column} AS raw FROM events)"
         )
-    columns = ["raw_users.u", "raw_items.i", "events.timestamp", "events.position"]
+    columns = ["raw_users.u", "raw_items.i", "events.position", *(f"events.{name}" for name in time)]
     columns += [f"events.{quoted_name(name)} AS extra_{number}" for number, name in enumerate(extras)]
     connection.execute(
         f"CREATE TABLE coded AS SELECT {', '.join(columns)} FROM events "

@@ -15,7 +15,7 @@ from typing import Any
 import duckdb
 import pyarrow as pa
 
-from ssd_torchrec.data.prepare.assemble import Extras, Order, assemble
+from ssd_torchrec.data.prepare.assemble import TIME, Extras, Order, assemble
 from ssd_torchrec.data.prepare.core import Counts, code_events, k_core
 from ssd_torchrec.data.prepare.log import LogConfig
 from ssd_torchrec.data.prepare.stage import stage
@@ -41,8 +41,9 @@ class PrepareConfig:
     """Least interactions of a user and of an item: others leave, again and again until none does; 0 keeps all."""
 
     order: Order = "int64"
-    """Events of a user by time, those of one time as in the log. float32-stable takes times for equal that are so in
-    float32 (up to 128 s apart), as RecBole does and the papers' figures with it."""
+    """Events of a user by time, those of one time as in the log. float32-stable takes times for equal whose numbers
+    in the log are so in float32 (up to two minutes apart), as RecBole does and the papers' figures with it; where such
+    an order lets times fall, an event takes the time of the one before."""
 
     num_oov_buckets: int = 16
     """Table rows that items unknown to this data set share by hash."""
@@ -114,9 +115,9 @@ def _prepare(
     extras: Extras,
     clock: "_Clock",
 ) -> DatasetMeta:
-    stage(connection, log, config.log)
+    stage(connection, log, config.log, float32_time=config.order == "float32-stable")
     connection.execute("SET preserve_insertion_order = false")  # position tells the order; memory for it is not needed
-    code_events(connection, extras.of_log)
+    code_events(connection, extras.of_log, time=sorted({"timestamp", TIME[config.order]}))
     for number, counts in enumerate(k_core(connection, config.k_core)):
         clock.lap(f"{config.k_core}-core, round {number}" if number else LOG, counts)
     left = assemble(connection, extras, config.order, config.num_oov_buckets)

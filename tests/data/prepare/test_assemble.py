@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from ssd_torchrec.data.prepare import assemble as assemble_module
-from ssd_torchrec.data.prepare.assemble import Extras, assemble, rising
+from ssd_torchrec.data.prepare.assemble import TIME, Extras, assemble, rising
 from ssd_torchrec.data.prepare.by_user import ByUser
 from ssd_torchrec.data.prepare.core import code_events, k_core
 from ssd_torchrec.data.rows import Rows
@@ -17,8 +17,10 @@ BUCKETS = 3
 
 
 def assembled(events, *, k=0, extras=None, order="int64", users=None):
+    if order == "float32-stable":
+        events = events.append_column("float32_time", pa.array(events["timestamp"].to_numpy().astype(np.float32)))
     connection, extras = database(events, users), extras or Extras()
-    code_events(connection, extras.of_log)
+    code_events(connection, extras.of_log, time=sorted({"timestamp", TIME[order]}))
     list(k_core(connection, k))
     return assemble(connection, extras, order, BUCKETS)
 

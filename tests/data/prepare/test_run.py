@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.csv as csv
 import pyarrow.parquet as pq
 import pytest
@@ -81,6 +82,24 @@ def test_further_columns_and_names_reach_the_data_set(tmp_path):
     raw = histories.raw_user_ids(0).to_pylist()
     assert raw == sorted(raw)
     assert rows.user_id.tolist() == list(range(len(raw)))
+
+
+UNITS = {"s": 1, "ms": 1000, "us": 1_000_000}
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+@pytest.mark.parametrize("unit", UNITS)
+def test_float32_order_is_that_of_the_numbers_in_the_log(tmp_path, unit, suffix):
+    drawn = random_events(0, 3000, num_users=5, num_items=30, seconds=10**6 * 3000)
+    numbers = 10**9 * UNITS[unit] + drawn["timestamp"].to_numpy() % (10**6 * 3000) * UNITS[unit] // 10**6
+    told = drawn.drop_columns("position").set_column(2, "timestamp", pa.array(numbers))
+    (csv.write_csv if suffix == "csv" else pq.write_table)(told, tmp_path / f"log.{suffix}")
+    config = replace(CONFIG, log=replace(LOG, time_unit=unit), order="float32-stable", k_core=0)
+    prepare(tmp_path / f"log.{suffix}", tmp_path / "set", config)
+    histories = open_dataset(tmp_path / "set")
+    order = np.lexsort((numbers.astype(np.float32), drawn["user_id"].to_numpy()))
+    items = np.concatenate([histories.vocabulary().ids_of(rows.item).to_numpy() for rows in histories])
+    assert items.tolist() == drawn["item"].to_numpy()[order].tolist()
 
 
 def test_a_core_that_is_empty_leaves_the_old_data_set(tmp_path, log):
