@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -30,17 +30,15 @@ from ssd_torchrec.data.parquet import UserHistories, open_dataset
 from ssd_torchrec.data.rows import Ints, offsets_of
 from ssd_torchrec.data.scratch import scratch_folder
 from ssd_torchrec.data.vocabulary import Vocabulary
-from ssd_torchrec.distributed.checkpoint import load_weights, read_info
+from ssd_torchrec.distributed.checkpoint import load_weights
 from ssd_torchrec.distributed.collectives import word_of_rank_0
 from ssd_torchrec.distributed.process import World, all_or_none, from_all_ranks, ranks_where
 from ssd_torchrec.errors import CheckpointError, ConfigError, DataError
 from ssd_torchrec.models.next_item import NextItemModel
 from ssd_torchrec.training.build import build
 from ssd_torchrec.training.catalogue import Seen, catalogue
-from ssd_torchrec.training.config import RunConfig
 from ssd_torchrec.training.histories import data_folder
-from ssd_torchrec.training.run import checkpoint_at
-from ssd_torchrec.training.run_folder import from_json
+from ssd_torchrec.training.run import checkpoint_at, config_of
 from ssd_torchrec.training.top_items import NOTHING, items_of, scores_of, top_items
 
 USERS_PER_WRITE = 8192
@@ -125,9 +123,7 @@ def recommend(path: Path, users: Path, output: Path, config: RecommendConfig, wo
             not finite.
     """
     checkpoint = checkpoint_at(path)
-    run = from_json(RunConfig, read_info(checkpoint).state.config)
-    if config.data:
-        run = replace(run, data=replace(run.data, path=config.data))
+    run = config_of(checkpoint, config.data, world)
     with _folder_beside(users, output, world) as partial:
         known = open_dataset(data_folder(run, world))
         vocabulary = known.vocabulary()

@@ -234,6 +234,20 @@ def checkpoint_at(path: Path) -> Path:
     )
 
 
+def config_of(checkpoint: Path, data_path: str, world: World) -> RunConfig:
+    """What a checkpoint was trained with, to be used here: on a CPU in fp32, whatever it was trained in.
+
+    Args:
+        data_path: another data set; empty for the one it was trained on.
+    """
+    config = from_json(RunConfig, read_info(checkpoint).state.config)
+    if data_path:
+        config = replace(config, data=replace(config.data, path=data_path))
+    if world.device.type == "cpu":
+        config = replace(config, training=replace(config.training, precision="fp32"))
+    return config
+
+
 def evaluate_checkpoint(path: Path, data_path: str, evaluation: EvaluationConfig, world: World) -> dict[str, Any]:
     """Rank the validation and test targets with a checkpoint, and print the table. Collective.
 
@@ -245,9 +259,7 @@ def evaluate_checkpoint(path: Path, data_path: str, evaluation: EvaluationConfig
         "model", "data", and figures by stage, as in result.json.
     """
     checkpoint = checkpoint_at(path)
-    config = from_json(RunConfig, read_info(checkpoint).state.config)
-    if data_path:
-        config = replace(config, data=replace(config.data, path=data_path))
+    config = config_of(checkpoint, data_path, world)
     data = Histories.open(config, world)
     trainable = build(config, data.histories.meta, world)
     load_weights(checkpoint, trainable, vocabulary=data.histories.meta.item_vocabulary_hash)

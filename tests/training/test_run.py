@@ -5,6 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
 from ssd_torchrec.data.generate import generate
 from ssd_torchrec.data.parquet import open_dataset
@@ -16,7 +17,7 @@ from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
 from ssd_torchrec.errors import CheckpointError, ConfigError, DataError, DivergedError
 from ssd_torchrec.training.config import DataConfig, EvaluationConfig, RunConfig, TrainingConfig, presets
 from ssd_torchrec.training.histories import Histories
-from ssd_torchrec.training.run import evaluate_checkpoint, train
+from ssd_torchrec.training.run import config_of, evaluate_checkpoint, train
 from ssd_torchrec.training.run_folder import as_json, from_json
 
 METRICS = {f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr") for k in (10, 20, 50)}
@@ -92,6 +93,18 @@ def test_evaluating_a_run_gives_the_figures_it_ended_with(finished):
     for stage in ("valid", "test"):
         assert again[stage] == pytest.approx(result[stage], abs=1e-9)
         assert again["most_popular"][stage] == pytest.approx(result["most_popular"][stage], abs=1e-9)
+
+
+def test_a_checkpoint_of_a_bf16_run_is_used_in_fp32_on_a_cpu(finished, monkeypatch):
+    best = finished[0] / "checkpoints" / "best"
+    info = read_info(best)
+    training = info.state.config["training"] | {"precision": "bf16"}
+    in_bf16 = replace(info, state=replace(info.state, config=info.state.config | {"training": training}))
+    monkeypatch.setattr("ssd_torchrec.training.run.read_info", lambda _: in_bf16)
+    assert config_of(best, "", World()).training.precision == "fp32"
+    on_gpu = World(device=torch.device("cuda"))
+    assert config_of(best, "elsewhere", on_gpu).training.precision == "bf16"
+    assert config_of(best, "elsewhere", on_gpu).data.path == "elsewhere"
 
 
 def test_filtering_seen_items_changes_the_ranking_and_drops_the_best_score(finished):
