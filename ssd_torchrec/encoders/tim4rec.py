@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ssd_torchrec.encoders.encoder import StreamingEncoder
 from ssd_torchrec.errors import ConfigError, JaggedLayoutError
 from ssd_torchrec.jagged import JaggedLayout
+from ssd_torchrec.modules.dropout import Dropout
 from ssd_torchrec.modules.feed_forward import FeedForward
 from ssd_torchrec.modules.short_conv import Activation, ConvInit
 from ssd_torchrec.modules.ssd_mixer import SSDMixer, SSDMixerConfig, SSDMixerState
@@ -180,7 +181,7 @@ class TiM4RecLayer(nn.Module):
     def __init__(self, config: TiM4RecConfig) -> None:
         super().__init__()
         self.mixer = SSDMixer(config.mixer())
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.feed_forward = FeedForward(config.width, 4 * config.width, config.dropout)
         self.has_residual = config.layers > 1
@@ -201,7 +202,7 @@ class TiM4Rec(StreamingEncoder[TiM4RecState]):
         super().__init__()
         self.config = config
         self.width = config.width
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
         self.time = TimeBranch(config) if config.time_mode == "causal" else None
         self.layers = nn.ModuleList(TiM4RecLayer(config) for _ in range(config.layers))

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
+from ssd_torchrec.modules.linear import Linear
 from ssd_torchrec.modules.short_conv import Activation, ConvInit, ShortConv
 from ssd_torchrec.ops.gated_norm import gated_norm
 from ssd_torchrec.ops.ssd_scan import ssd_scan
@@ -93,13 +94,13 @@ class SSDMixer(nn.Module):
         super().__init__()
         self.config = config
         heads = config.heads
-        self.in_proj = nn.Linear(config.width, config.inner + config.conv_channels + heads)
+        self.in_proj = Linear(config.width, config.inner + config.conv_channels + heads)
         self.conv = ShortConv(config.conv_channels, config.taps, config.activation, config.conv_init)
         self.dt_bias = nn.Parameter(inverse_softplus(_log_uniform(heads, *STEP_RANGE)) - config.raw_step)
         self.A_log = nn.Parameter(torch.empty(heads).uniform_(*RATE_RANGE).log())
         self.D = nn.Parameter(torch.ones(heads))
         self.norm_weight = nn.Parameter(torch.ones(config.inner))
-        self.out_proj = nn.Linear(config.inner, config.width)
+        self.out_proj = Linear(config.inner, config.width)
         for linear in (self.in_proj, self.out_proj):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)

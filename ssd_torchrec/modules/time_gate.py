@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_torchrec.jagged import JaggedLayout
+from ssd_torchrec.modules.dropout import Dropout
 from ssd_torchrec.modules.short_conv import Activation, ShortConv
 
 OPEN = {"hardswish": (math.sqrt(33) - 3) / 2, "silu": 1.2784645427610738}  # activation(OPEN) = 1
@@ -88,7 +89,7 @@ class TimeGate(nn.Module):
         super().__init__()
         self.hidden = nn.Linear(config.heads, config.hidden)
         self.alpha = nn.Linear(config.hidden, config.heads)
-        self.dropout = nn.Dropout(config.dropout)
+        self.dropout = Dropout(config.dropout)
         self.first = ShortConv(config.heads, config.taps, config.activation)
         self.second = ShortConv(config.heads, config.taps, config.activation)
         self._open()

@@ -3,7 +3,8 @@
     logit[i, k] = queries[i] . candidates[k] - log_q[k]                 log_q: log of the chance that k is a candidate
     loss[i]     = log sum_k exp(logit[i, k]) - logit[i, target[i]]      in nats; 0 where target[i] is -1
 
-Shapes: M queries, D width; this file's K are candidates. Logits live a tile at a time and are computed again backwards.
+Shapes: M queries, D width; this file's K are candidates. On CUDA logits live a tile at a time and are computed again
+backwards; `item_sweep.py` has the CPU's way.
 Source: Bengio & Senécal 2008, Adaptive importance sampling, for log_q.
 """
 
@@ -15,11 +16,12 @@ from torch import Tensor
 
 from ssd_torchrec.errors import ShapeError
 from ssd_torchrec.ops.checks import check_shape
+from ssd_torchrec.ops.item_sweep import item_softmax_sweep
 from ssd_torchrec.ops.precision import as_given, sum_dtype
 from ssd_torchrec.ops.registry import refuse_double_backward
 
-TILE = {"cpu": (512, 1024), "cuda": (4096, 8192)}
-"""Queries and candidates whose logits are held at a time: what a core's cache holds, and what fills a GPU."""
+TILE = (4096, 8192)
+"""Queries and candidates whose logits are held at a time on CUDA: what fills a GPU."""
 
 
 def item_softmax_definition(
@@ -43,7 +45,7 @@ class _Tile(NamedTuple):
 
 def _tiles(queries: Tensor, candidates: Tensor, target: Tensor, log_q: Tensor | None) -> Iterator[_Tile]:
     M, K = len(queries), len(candidates)
-    height, width = TILE["cuda" if queries.is_cuda else "cpu"]
+    height, width = TILE
     memory = queries.new_empty(min(height, M) * min(width, K), dtype=sum_dtype(queries))
     for i in range(0, M, height):
         for k in range(0, K, width):
@@ -149,5 +151,10 @@ def item_softmax(queries: Tensor, candidates: Tensor, target: Tensor, *, log_q: 
             f"target must lie in -1..{len(candidates) - 1}, got {int(target.min())}..{int(target.max())}; "
             "a target is a row of candidates, not an item id"
         )
-    softmax = item_softmax_definition if queries.dtype == torch.float64 else item_softmax_tiled
+    if queries.dtype == torch.float64:
+        softmax = item_softmax_definition
+    elif queries.device.type == "cpu":
+        softmax = item_softmax_sweep
+    else:
+        softmax = item_softmax_tiled
     return softmax(queries, candidates, target, log_q=log_q)

@@ -6,7 +6,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssd_torchrec.errors import DoubleBackwardError, ShapeError
 from ssd_torchrec.ops import item_softmax as module
+from ssd_torchrec.ops import item_sweep
 from ssd_torchrec.ops.item_softmax import item_softmax, item_softmax_definition, item_softmax_tiled
+from ssd_torchrec.ops.item_sweep import item_softmax_sweep
 from tests.golden import gradients
 from tests.numerics import assert_as_accurate_as_eager
 
@@ -15,7 +17,9 @@ SIZES = {"several-tiles": (13, 21), "one-candidate": (5, 1), "no-queries": (0, 7
 
 @pytest.fixture
 def small_tiles(monkeypatch):
-    monkeypatch.setattr(module, "TILE", {"cpu": (4, 5), "cuda": (4, 5)})
+    monkeypatch.setattr(module, "TILE", (4, 5))
+    monkeypatch.setattr(item_sweep, "HELD", 60)
+    monkeypatch.setattr(item_sweep, "FEWEST_QUERIES", 2)
 
 
 def softmax_inputs(
@@ -47,7 +51,7 @@ def full(queries: Tensor, candidates: Tensor, target: Tensor, *, log_q: Tensor |
 
 
 @pytest.mark.parametrize("log_q", [False, True], ids=["uncorrected", "corrected"])
-@pytest.mark.parametrize("softmax", [item_softmax_definition, item_softmax_tiled, item_softmax])
+@pytest.mark.parametrize("softmax", [item_softmax_definition, item_softmax_tiled, item_softmax_sweep, item_softmax])
 def test_loss_is_the_cross_entropy_of_all_logits(softmax, log_q, small_tiles):
     tensors, target = softmax_inputs(40, 33, log_q)
     expected = results(full, tensors, target)
@@ -69,7 +73,7 @@ def test_loss_is_as_accurate_as_eager(dtype, log_q, sizes, device, small_tiles):
         assert_as_accurate_as_eager(name, got[name], eager[name], truth[name])
 
 
-@pytest.mark.parametrize("softmax", [item_softmax_definition, item_softmax_tiled])
+@pytest.mark.parametrize("softmax", [item_softmax_definition, item_softmax_tiled, item_softmax_sweep])
 def test_derivative_is_the_derivative(softmax, small_tiles):
     tensors, target = softmax_inputs(7, 8, width=3)
     inputs = tuple(t.requires_grad_() for t in tensors.values())
@@ -94,11 +98,27 @@ def test_the_table_of_logits_is_never_held():
     tensors = {name: t.float() for name, t in tensors.items()}
     with LargestTensor() as largest:
         results(item_softmax, tensors, target)
-    rows, columns = module.TILE["cpu"]
-    assert 2500 * 6 <= largest.numbers <= rows * columns < 1100 * 2500
+    assert 2500 * 6 <= largest.numbers <= item_sweep.HELD < 1100 * 2500
     with LargestTensor() as largest:
         results(item_softmax_definition, tensors, target)
     assert largest.numbers == 1100 * 2500  # so that the watch is known to see
+
+
+@pytest.mark.parametrize("candidates_too", [True, False], ids=["both", "queries-alone"])
+@pytest.mark.parametrize("cotangent", [2.5, [2.5] * 12 + [1.0]], ids=["one-weight", "weights"])
+def test_weights_of_the_losses_are_those_of_the_gradient(cotangent, candidates_too, small_tiles):
+    """One weight for all takes another way than several."""
+    tensors, target = softmax_inputs(13, 21, log_q=candidates_too)
+    target = target.abs()
+    inputs = {n: t.float().requires_grad_(n == "queries" or candidates_too) for n, t in tensors.items()}
+    wanted = [n for n in inputs if n == "queries" or candidates_too]
+    weights = torch.tensor(cotangent).expand(13)
+    got, expected = (
+        torch.autograd.grad(call(softmax, inputs, target), [inputs[n] for n in wanted], weights)
+        for softmax in (item_softmax, item_softmax_definition)
+    )
+    for name, ours, truth in zip(wanted, got, expected, strict=True):
+        torch.testing.assert_close(ours, truth, msg=lambda text, n=name: f"{n}: {text}")
 
 
 def test_extreme_logits_stay_finite(small_tiles):
