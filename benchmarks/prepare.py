@@ -10,6 +10,7 @@ import argparse
 import os
 import platform
 import re
+import resource
 import subprocess
 import sys
 import tempfile
@@ -30,6 +31,7 @@ class Measured:
     """One prepare."""
 
     elapsed_s: float
+    processor_s: float  # of all its threads
     peak_memory_gib: float
     printed: str
 
@@ -63,7 +65,7 @@ def tree_memory(pid: int) -> int:
 
 def measure(words: list[str]) -> Measured:
     """Run the command line, looking at its memory twenty times a second."""
-    start, peak = time.monotonic(), 0
+    start, before, peak = time.monotonic(), resource.getrusage(resource.RUSAGE_CHILDREN), 0
     with tempfile.TemporaryFile("w+") as printed:
         process = subprocess.Popen([sys.executable, "-m", "ssd_torchrec", *words], stdout=printed, stderr=printed)
         while process.poll() is None:
@@ -74,7 +76,9 @@ def measure(words: list[str]) -> Measured:
         text = printed.read()
     if process.returncode:
         raise SystemExit(f"{' '.join(words)} ended with {process.returncode}: {text}")
-    return Measured(elapsed_s, peak / GIB, text)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    processor_s = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return Measured(elapsed_s, processor_s, peak / GIB, text)
 
 
 def main() -> None:
@@ -82,7 +86,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=20_000_000)
     parser.add_argument("--folder", help="where the logs and data sets go for a while", default=None)
     asked = parser.parse_args()
-    lines, printed = [], ""
+    lines, printed, others = [], "", os.getloadavg()[0]
     with tempfile.TemporaryDirectory(dir=asked.folder) as scratch:
         for kind in ("csv", "parquet"):
             log, output = Path(scratch) / f"log.{kind}", Path(scratch) / "set"
@@ -92,7 +96,7 @@ def main() -> None:
                 words = ["prepare", str(log), "--output", str(output), "--item", "item_id", "--order", order]
                 took = measure(words)
                 rate = asked.rows / took.elapsed_s
-                cells = [kind, f"{size:.2f}", order, f"{took.elapsed_s:.1f}", f"{rate:,.0f}"]
+                cells = [kind, f"{size:.2f}", order, f"{took.elapsed_s:.1f}", f"{took.processor_s:.1f}", f"{rate:,.0f}"]
                 lines.append(f"| {' | '.join(cells)} | {took.peak_memory_gib:.2f} |")
                 printed = printed or took.printed.replace(f"{scratch}/", "")
             log.unlink()
@@ -101,9 +105,10 @@ def main() -> None:
         "Printed by `python -m benchmarks.prepare`.",
         f"{asked.rows:,} lines in random order, default options (5-core, `--memory-limit 1GiB`), duckdb "
         f"{duckdb.__version__}, {os.cpu_count()} cores of {processor() or platform.machine()}.",
-        "Whole command with its start; peak resident memory of its processes together.\n",
-        "| log | GiB | order | s | lines/s | peak GiB |",
-        "|---|---|---|---|---|---|",
+        "Whole command with its start; peak resident memory of its processes together. Load of the machine before: "
+        f"{others:.1f}.\n",
+        "| log | GiB | order | s | processor s | lines/s | peak GiB |",
+        "|---|---|---|---|---|---|---|",
         *lines,
         "\nWhat the first prints:\n",
         f"```\n{printed.rstrip()}\n```",

@@ -91,7 +91,8 @@ def prepare(
             there cannot be written.
         ConfigError: `memory_limit` is too small for this log.
 
-    However it ends, what it wrote outside `output` is removed; after a kill, by the next prepare of the same output.
+    However it ends, what it wrote outside `output` is removed; after a kill, by the next prepare with the same `output`
+    and `temporary`.
     """
     output = Path(output).absolute()
     check_target(output)
@@ -123,7 +124,7 @@ def _prepare(
     left = assemble(connection, extras, config.order, config.num_oov_buckets)
     with DatasetWriter(
         output,
-        name=config.name or log.name.split(".")[0],
+        name=config.name or log.resolve().name.split(".")[0] or "log",
         vocabulary=left.vocabulary,
         context=left.context,
         event_columns=left.event_columns,
