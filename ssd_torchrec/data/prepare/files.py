@@ -40,7 +40,8 @@ def log_files(log: Path, pattern: str, asked: str) -> tuple[Format, tuple[Path, 
         asked: the format, or "auto".
 
     Raises:
-        DataError: there is no such file or folder, it holds no file of the log, or files of different formats.
+        DataError: there is no such file or folder, it holds no file of the log, one that may not be read, or files of
+            different formats.
     """
     if log.is_dir():
         files = _files_in(log, pattern, asked)
@@ -48,6 +49,8 @@ def log_files(log: Path, pattern: str, asked: str) -> tuple[Format, tuple[Path, 
         files = [log]
     else:
         raise DataError(f"{log} must be a file or folder, there is none; correct the path")
+    for file in files:
+        _check_readable(file)
     if asked != "auto":
         return _format(asked), tuple(files)
     formats = {file: format_of(file) for file in files}
@@ -109,6 +112,13 @@ def _files_in(folder: Path, pattern: str, asked: str) -> list[Path]:
             f"{folder} must hold files {wanted}, got {len(every)} others; correct the path, --files or --format"
         )
     return sorted(files)
+
+
+def _check_readable(file: Path) -> None:
+    try:
+        file.open("rb").close()
+    except OSError as error:
+        raise DataError(f"{file} must be readable, but {error.strerror}; change who may read it") from error
 
 
 def _is_hidden(path: Path) -> bool:

@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby
 from pathlib import Path
 from typing import Literal
 
@@ -64,12 +63,6 @@ class Source(ABC):
             raise
         except duckdb.Error as error:
             raise self.explain(error) from error
-
-
-def runs(files: Sequence[Path], gzipped: frozenset[Path]) -> Iterator[tuple[Sequence[Path], str]]:
-    """Neighbours that are compressed alike, and how: one call of the database reads its files alike."""
-    for compressed, run in groupby(files, key=gzipped.__contains__):
-        yield list(run), "'gzip'" if compressed else "'none'"
 
 
 def file_list(files: Sequence[Path]) -> str:

@@ -9,6 +9,7 @@ import gzip
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import TextIO, cast
 
@@ -23,7 +24,6 @@ from ssd_torchrec.data.prepare.source import (
     first_sentence,
     missing,
     quoted_text,
-    runs,
 )
 from ssd_torchrec.errors import DataError
 
@@ -74,19 +74,12 @@ class TextSource(Source):
         cells = ", ".join(f"'c_{number}': 'VARCHAR'" for number in range(self.width))
         options = {
             "columns": f"{{{cells}}}",
-            "auto_detect": "false",
             "header": "false" if self.layout.names else "true",
             "delim": quoted_text(self.layout.delimiter),
             "quote": quoted_text(self.layout.quote),
             "escape": quoted_text(self.layout.quote),
-            "strict_mode": "true",
         }
-        told = ", ".join(f"{name} = {value}" for name, value in options.items())
-        parts = [
-            f"SELECT * FROM read_csv({file_list(part)}, compression = {compression}, {told})"
-            for part, compression in runs(files, self.gzipped)
-        ]
-        return f"({' UNION ALL '.join(parts)})"
+        return read_csv(files, self.gzipped, options)
 
     def place(self, file: Path, row: int) -> str:
         header = 0 if self.layout.names else 1
@@ -145,10 +138,21 @@ def open_text(files: tuple[Path, ...], layout: Layout, wanted: Sequence[str], op
     return TextSource(files, columns, layout, len(names), frozenset(filter(is_gzip, files)))
 
 
-def opened(file: Path, encoding: str = "utf-8-sig") -> TextIO:
+def read_csv(files: Sequence[Path], gzipped: frozenset[Path], options: dict[str, str]) -> str:
+    """SQL of lines of cells: neighbours that are compressed alike by one call each."""
+    told = ", ".join(f"{name} = {value}" for name, value in options.items())
+    calls = [
+        f"SELECT * FROM read_csv({file_list(list(run))}, {told}, auto_detect = false, strict_mode = true, "
+        f"compression = '{'gzip' if compressed else 'none'}')"
+        for compressed, run in groupby(files, key=gzipped.__contains__)
+    ]
+    return f"({' UNION ALL '.join(calls)})"
+
+
+def opened(file: Path) -> TextIO:
     """A file's text, decompressed if need be, without its byte order mark."""
     opener = gzip.open if is_gzip(file) else open
-    return cast(TextIO, opener(file, "rt", encoding=encoding, newline=""))
+    return cast(TextIO, opener(file, "rt", encoding="utf-8-sig", newline=""))
 
 
 def not_utf8(files: Sequence[Path]) -> DataError:
