@@ -1,5 +1,6 @@
 """Whatever ends a prepare, and whenever: under the name lies the old data set or the new one, whole."""
 
+import shutil
 import signal
 import subprocess
 import sys
@@ -40,14 +41,22 @@ print("ends", flush=True)
 """
 
 
-@pytest.fixture
-def logs(tmp_path):
-    """Two logs; a data set of the old one, and what both give."""
-    prints = []
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """A folder of two logs and a data set of the old one, and what both give."""
+    folder, prints = tmp_path_factory.mktemp("made"), []
     for name, seed in (("new", 0), ("old", 1)):
         events = random_events(seed, 60_000, num_users=500, num_items=900, seconds=10**6)
-        pq.write_table(events.drop_columns("position"), tmp_path / f"{name}.parquet")
-        prints.append(prepare(tmp_path / f"{name}.parquet", tmp_path / "set", CONFIG).fingerprint)
+        pq.write_table(events.drop_columns("position"), folder / f"{name}.parquet")
+        prints.append(prepare(folder / f"{name}.parquet", folder / "set", CONFIG).fingerprint)
+    return folder, prints
+
+
+@pytest.fixture
+def logs(tmp_path, made):
+    """The same in `tmp_path`: fingerprints of the new and of the old."""
+    folder, prints = made
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
     return prints
 
 
@@ -81,11 +90,11 @@ def test_killed_at_any_time_there_is_the_old_or_the_new(tmp_path, logs):
 
 
 POINTS = {"log": "old", "before the swap": "old", "after the swap": "new", "data set": "new"}
+ENDED = [("SIGKILL", point) for point in POINTS] + [("SIGTERM", "log"), ("SIGINT", "before the swap")]
 
 
-@pytest.mark.parametrize("name", ["SIGKILL", "SIGTERM", "SIGINT"])
-@pytest.mark.parametrize("point", POINTS)
-def test_ended_at_a_point(tmp_path, logs, point, name):
+@pytest.mark.parametrize(("name", "point"), ENDED)
+def test_ended_at_a_point(tmp_path, logs, name, point):
     process = begun(tmp_path, point, name)
     assert b"ends" not in process.communicate()[0]
     expected = {"SIGKILL": -signal.SIGKILL, "SIGTERM": 128 + signal.SIGTERM, "SIGINT": -signal.SIGINT}
