@@ -32,13 +32,15 @@ class ChunkTable:
     row_order: Tensor  # (B,) int64, rows of most chunks first
     place_of_row: Tensor  # (B,) int64, its inverse
     rows_of_rank: list[int]  # rows that have a chunk of this rank; falls from rank to rank, host
+    before: Tensor  # (n - rows of rank 0,) int64, the chunk before each chunk of rank 1 and on
+    last: Tensor  # (rows of rank 0,) int64, the last chunk of each row, rows of most chunks first
     _of_heads: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
-    def ranks(self) -> Iterator[tuple[int, int, int]]:
-        """For each rank: its first chunk, its rows, and how many of those, the first ones, go on in the next rank."""
+    def steps(self) -> Iterator[tuple[slice, slice]]:
+        """From each rank to the next: the chunks that go on, and those they go on in, row for row."""
         starts = accumulate(self.rows_of_rank, initial=0)
-        for start, (rows, onward) in zip(starts, pairwise([*self.rows_of_rank, 0]), strict=False):
-            yield start, rows, onward
+        for start, (rows, onward) in zip(starts, pairwise(self.rows_of_rank), strict=False):
+            yield slice(start, start + onward), slice(start + rows, start + rows + onward)
 
     def cut(self, events: Tensor) -> Tensor:
         """(T, H, ...) events to (n, H, Q, ...) chunks."""
@@ -97,10 +99,14 @@ def _build(layout: JaggedLayout, slots: int, reverse: bool) -> ChunkTable:
 
     total = sum(rows_of_rank)
     rank = torch.repeat_interleave(starts.diff(), output_size=total)
-    row = row_order[torch.arange(total, device=device) - starts[rank]]
+    place = torch.arange(total, device=device) - starts[rank]
+    row = row_order[place]
     within = rank[:, None] * slots + torch.arange(slots, device=device)  # (n, Q) position in the row
     last = lengths[row][:, None] - 1
     clamped = within.minimum(last)
     first = layout.offsets[row][:, None]
     event_of_slot = first + (last - clamped if reverse else clamped)
-    return ChunkTable(event_of_slot, within > last, slot_of_event, row_order, place_of_row, rows_of_rank)
+    first_rank = sum(rows_of_rank[:1])
+    before = (starts[rank - 1] + place)[first_rank:]
+    final = starts[chunks[row_order[:first_rank]] - 1] + torch.arange(first_rank, device=device)
+    return ChunkTable(event_of_slot, within > last, slot_of_event, row_order, place_of_row, rows_of_rank, before, final)

@@ -39,10 +39,6 @@ class _Chunks(NamedTuple):
     C: Tensor  # (n, G, Q, N)
     decays: _Decays
 
-    def part(self, start: int, stop: int | None = None) -> "_Chunks":
-        at = slice(start, stop)
-        return _Chunks(self.u[at], self.B[at], self.C[at], _Decays(*(t[at] for t in self.decays)))
-
 
 class _Gradients(NamedTuple):
     """Gradients of `_Chunks`, and of log decays by what spans them: no small one is a difference of two large sums."""
@@ -53,9 +49,6 @@ class _Gradients(NamedTuple):
     up_to: Tensor  # (n, H, Q) what reaches event i from before it, or ends there; counts for the decays up to i
     beyond: Tensor  # (n, H, Q) what goes from event j to the chunk's end; counts for the decays after j
     whole: Tensor  # (n, H) what crosses the chunk; counts for all its decays
-
-    def part(self, start: int, stop: int | None = None) -> "_Gradients":
-        return _Gradients(*(t[start:stop] for t in self))
 
     def log_decay(self) -> Tensor:
         ones = self.up_to.new_ones(self.up_to.shape[-1], self.up_to.shape[-1])
@@ -97,24 +90,43 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     total.view(n * heads, *matrix).baddbmm_(left.flatten(0, 1), right.flatten(0, 1))
 
 
-def _states(chunks: _Chunks, initial: Tensor | None, table: ChunkTable, keep_final: bool) -> tuple[Tensor, Tensor]:
-    """The state before each of the last m chunks, which are all that have one; and the state after each row.
+def _brought(chunks: _Chunks, at: Tensor) -> Tensor:
+    """What the chunks `at` add to the state after them: (len(at), H, P, N)."""
+    leaving = chunks.decays.leaving[at, ..., None]
+    return chunks.u[at].mT @ _per_head(chunks.B[at], leaving)
 
-    Returns:
-        (m, H, P, N) and (B, H, P, N), rows in the table's order; without `keep_final` the second means nothing.
+
+def _states(chunks: _Chunks, initial: Tensor | None, table: ChunkTable) -> Tensor:
+    """The state before each of the last m chunks, which are all that have one: (m, H, P, N).
+
+    Args:
+        initial: (rows of rank 0, H, P, N) state before each row's first chunk, rows in the table's order; None for 0.
     """
-    without = 0 if initial is not None else sum(table.rows_of_rank[:1])
-    shape = (chunks.u.shape[1], chunks.u.shape[3], chunks.B.shape[3])
-    carried = chunks.u.new_empty(len(chunks.u) - without, *shape)
-    state = chunks.u.new_zeros(len(table.row_order), *shape) if initial is None else initial[table.row_order]
-    for start, rows, onward in table.ranks():
-        going = chunks.part(start, start + (rows if keep_final else onward))
-        after = state[: len(going.u)]
-        if start >= without:
-            carried[start - without : start - without + rows] = state[:rows]
-            after *= going.decays.whole[..., None, None]
-        _add_product(after, going.u.mT, _per_head(going.B, going.decays.leaving[..., None]))
-    return carried, state
+    carried = _brought(chunks, table.before)
+    if initial is not None:
+        carried = torch.cat([initial, carried])
+    without = len(chunks.u) - len(carried)
+    whole = chunks.decays.whole[..., None, None]
+    for going, coming in table.steps():
+        if going.start >= without:
+            carried[_shifted(coming, without)].addcmul_(carried[_shifted(going, without)], whole[going])
+    return carried
+
+
+def _final(chunks: _Chunks, carried: Tensor, initial: Tensor | None, table: ChunkTable) -> Tensor:
+    """The state after each row, in the table's order: (B, H, P, N)."""
+    without = len(chunks.u) - len(carried)
+    after = _brought(chunks, table.last)
+    from_state = (table.last >= without).nonzero()[:, 0]
+    last = table.last[from_state]
+    after.index_add_(0, from_state, carried[last - without] * chunks.decays.whole[last, ..., None, None])
+    rows = len(table.row_order) - len(after)
+    idle = after.new_zeros(rows, *after.shape[1:]) if initial is None else initial[len(after) :]
+    return torch.cat([after, idle])
+
+
+def _shifted(at: slice, without: int) -> slice:
+    return slice(at.start - without, at.stop - without)
 
 
 def _within(chunks: _Chunks, mixing: Tensor, dy: Tensor) -> _Gradients:
@@ -135,20 +147,21 @@ def _within(chunks: _Chunks, mixing: Tensor, dy: Tensor) -> _Gradients:
 
 def _through_entering(chunks: _Chunks, carried: Tensor, dy: Tensor, grads: _Gradients) -> Tensor:
     """Adds the gradients of what states bring to the outputs of chunks; returns the gradient of those states."""
-    entering = chunks.decays.entering[..., None]
+    entered = slice(len(chunks.u) - len(carried), None)
+    C, entering, dy = chunks.C[entered], chunks.decays.entering[entered, ..., None], dy[entered]
     dC = (dy @ carried).mul_(entering)
-    grads.C.add_(_per_group(dC, chunks.C.shape[1]))
-    grads.up_to.add_(_per_head(chunks.C, dC).sum(-1))
-    return dy.mT @ _per_head(chunks.C, entering)
+    grads.C[entered].add_(_per_group(dC, C.shape[1]))
+    grads.up_to[entered].add_(_per_head(C, dC).sum(-1))
+    return dy.mT @ _per_head(C, entering)
 
 
-def _through_leaving(chunks: _Chunks, dafter: Tensor, grads: _Gradients) -> None:
-    """Adds the gradients of what chunks add to the state after them."""
-    leaving = chunks.decays.leaving[..., None]
-    _add_product(grads.u, _per_head(chunks.B, leaving), dafter.mT)
-    dB = (chunks.u @ dafter).mul_(leaving)
-    grads.B.add_(_per_group(dB, chunks.B.shape[1]))
-    grads.beyond.add_(_per_head(chunks.B, dB).sum(-1))
+def _through_leaving(chunks: _Chunks, at: Tensor, dafter: Tensor, grads: _Gradients) -> None:
+    """Adds the gradients of what the chunks `at` add to the state after them, given that state's."""
+    B, leaving = chunks.B[at], chunks.decays.leaving[at, ..., None]
+    grads.u.index_add_(0, at, _per_head(B, leaving) @ dafter.mT)
+    dB = (chunks.u[at] @ dafter).mul_(leaving)
+    grads.B.index_add_(0, at, _per_group(dB, B.shape[1]))
+    grads.beyond.index_add_(0, at, _per_head(B, dB).sum(-1).to(grads.beyond.dtype))
 
 
 def _across(
@@ -160,19 +173,23 @@ def _across(
         dfinal: (B, H, P, N) gradient of the state after each row, rows in the table's order; None if there is none.
     """
     without = len(chunks.u) - len(carried)
-    dcarried = _through_entering(chunks.part(without), carried, dy[without:], grads.part(without))
-    for start, rows, onward in reversed([*table.ranks()]):
-        dafter = dcarried[start + rows - without :][:onward]  # of the state that the next rank starts with
-        if dfinal is not None:
-            dafter = torch.cat([dafter, dfinal[onward:rows]])
-        stop = start + len(dafter)
-        going = chunks.part(start, stop)
-        _through_leaving(going, dafter, grads.part(start, stop))
-        if start >= without:
-            before = slice(start - without, stop - without)
-            dkept = dafter * going.decays.whole[..., None, None]
-            grads.whole[start:stop] = (dkept * carried[before]).sum((-1, -2))
+    whole = chunks.decays.whole[..., None, None]
+    dcarried = _through_entering(chunks, carried, dy, grads)
+    if dfinal is not None:
+        dafter = dfinal[: len(table.last)]
+        _through_leaving(chunks, table.last, dafter, grads)
+        from_state = (table.last >= without).nonzero()[:, 0]
+        last = table.last[from_state]
+        dkept = dafter[from_state] * whole[last]
+        grads.whole[last] = (dkept * carried[last - without]).sum((-1, -2)).to(grads.whole.dtype)
+        dcarried.index_add_(0, last - without, dkept)
+    for going, coming in reversed([*table.steps()]):
+        if going.start >= without:
+            before = _shifted(going, without)
+            dkept = dcarried[_shifted(coming, without)] * whole[going]
             dcarried[before] += dkept
+            grads.whole[going] = dkept.mul_(carried[before]).sum((-1, -2))
+    _through_leaving(chunks, table.before, dcarried[len(dcarried) - len(table.before) :], grads)
     return dcarried
 
 
@@ -202,13 +219,15 @@ class _ChunkedScan(torch.autograd.Function):
         with as_given(x):
             mixing = _per_head(chunks.C @ chunks.B.mT, decays.between)  # (n, H, Q, Q)
             y = mixing @ chunks.u
-            carried, state = _states(chunks, initial, table, keep_final)
-            entered = chunks.part(len(y) - len(carried))
-            reading = _per_head(entered.C, entered.decays.entering[..., None])
-            _add_product(y[len(y) - len(carried) :], reading, carried.mT)
+            first = None if initial is None else initial[table.row_order]
+            carried = _states(chunks, None if first is None else first[: len(table.last)], table)
+            entered = slice(len(y) - len(carried), None)
+            reading = _per_head(chunks.C[entered], decays.entering[entered, ..., None])
+            _add_product(y[entered], reading, carried.mT)
+            final = _final(chunks, carried, first, table)[table.place_of_row] if keep_final else None
         ctx.table, ctx.has_initial, ctx.has_final = table, initial is not None, keep_final
         ctx.save_for_backward(x, delta, A, step, mixing, carried, *chunks[:3], *decays)
-        return table.join(y), state[table.place_of_row] if keep_final else None
+        return table.join(y), final
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:

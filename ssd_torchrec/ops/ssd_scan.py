@@ -81,7 +81,9 @@ def ssd_scan_chunked(
 ) -> Any:
     """All rows at once, `chunk` events at a time; if None, as many as measured best, see `benchmarks/ops.py`."""
     state_is_small = x.shape[-1] * B.shape[-1] <= 1024  # made once a chunk: the larger it is, the longer chunks pay
-    chunk = chunk or (16 if state_is_small or layout.longest <= 32 else 32)
+    if chunk is None:
+        short = 8 if layout.num_events <= 8 * layout.num_rows else 16  # rows of a few events would fill few slots of 16
+        chunk = short if state_is_small or layout.longest <= 32 else 32
     table = chunk_table(layout, chunk, reverse=reverse)
     dtype = sum_dtype(x)
     events = x.to(dtype)

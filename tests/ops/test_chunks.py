@@ -14,7 +14,9 @@ def test_chunks_lie_as_drawn():
     table = chunk_table(JaggedLayout.from_lengths(LENGTHS), 4)
     assert table.rows_of_rank == [3, 2, 1]
     assert table.row_order.tolist() == [3, 0, 2, 1]
-    assert [*table.ranks()] == [(0, 3, 2), (3, 2, 1), (5, 1, 0)]
+    assert [*table.steps()] == [(slice(0, 2), slice(3, 5)), (slice(3, 4), slice(5, 6))]
+    assert table.before.tolist() == [0, 1, 3]  # of chunks 3, 4 and 5
+    assert table.last.tolist() == [5, 4, 2]  # of rows 3, 0 and 2
     assert table.event_of_slot[0].tolist() == [8, 9, 10, 11]
     assert table.event_of_slot[2].tolist() == [5, 6, 7, 7]  # the padding repeats the row's last event
     assert table.event_of_slot[5].tolist() == [16, 16, 16, 16]
