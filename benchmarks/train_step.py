@@ -22,6 +22,7 @@ from benchmarks.ops import processor
 from benchmarks.peers import GRU, Transformer
 from ssd_torchrec.data.batch import Batch
 from ssd_torchrec.data.batch_plan import BatchConfig, training_windows
+from ssd_torchrec.distributed.heap import keep_freed_memory
 from ssd_torchrec.distributed.shard import DenseOptimizerConfig, ShardingConfig, unsharded
 from ssd_torchrec.encoders.encoder import Encoder
 from ssd_torchrec.encoders.tim4rec import PRESETS, TiM4Rec
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=8192, help="events of a batch")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
+    keep_freed_memory()  # as training does
     config = PRESETS[SHAPES[0].preset]
     clock = "processor ms" if asked.threads == 1 else "ms"
     parts = [

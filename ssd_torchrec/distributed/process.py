@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ssd_torchrec.distributed.heap import keep_freed_memory
 from ssd_torchrec.errors import ConfigError, DivergedError, SSDTorchRecError
 
 T = TypeVar("T")
@@ -84,13 +85,17 @@ def _device(kind: str, local_rank: int, local_size: int) -> torch.device:
 
 @contextmanager
 def process_group(world: World, timeout_s: float = 600.0) -> Iterator[None]:
-    """Join the run's process group for the length of the block; does nothing for a process that is alone.
+    """Join the run's process group for the length of the block; a process that is alone needs none.
+
+    Also readies the process: its GPU, or on the CPU its allocator.
 
     Args:
         timeout_s: how long a collective waits for the other ranks before it raises.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    else:
+        keep_freed_memory()
     if world.meeting_point is None:
         yield
         return
