@@ -87,13 +87,11 @@ def check_gzip(file: Path) -> None:
 
 
 def _is_whole(blocks: Iterator[bytes]) -> bool:
-    """Whether blocks hold gzip members to their end, checksums included; padding with zeros may follow."""
+    """Whether blocks hold gzip members to their end, checksums included."""
     member = zlib.decompressobj(wbits=31)
     for block in blocks:
         while block:
-            if member.eof:
-                block = block.lstrip(b"\0")
-                member = zlib.decompressobj(wbits=31) if block else member
+            member = zlib.decompressobj(wbits=31) if member.eof else member
             member.decompress(block)
             block = member.unused_data
     return member.eof
