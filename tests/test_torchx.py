@@ -53,6 +53,11 @@ def test_processes_and_overrides_reach_torchrun_and_the_run(spelling):
     assert words[words.index("ssd_torchrec") + 1 :] == [*ours, "--training.epochs", "1"]
 
 
+def test_a_preset_takes_the_place_of_the_default():
+    words = command("tim4rec", "--preset", "tim4rec-ml-1m-64d")
+    assert words[words.index("train") + 1] == "tim4rec-ml-1m-64d"
+
+
 def test_without_a_data_set_the_run_decides():
     assert "--data.path" not in command("tim4rec")
 

@@ -14,6 +14,7 @@ from torchx.components import dist
 def tim4rec(
     *script_args: str,
     j: str = "1x2",
+    preset: str = "tim4rec",
     data: str = "",
     output: str = "./runs",
     name: str = "",
@@ -29,6 +30,7 @@ def tim4rec(
     Args:
         script_args: overrides of the run, after a bare --, as `ssd-torchrec train tim4rec --help` lists them
         j: hosts x processes on each, one process a GPU where there are GPUs
+        preset: run to start from, such as tim4rec-ml-1m-64d; `ssd-torchrec train --help` lists them
         data: folder of a data set; empty for the generated one, made on the spot
         output: folder that holds the runs
         name: folder of this run in it; empty for the job's id
@@ -40,7 +42,7 @@ def tim4rec(
         python: interpreter on the hosts; empty for the one that runs TorchX, or the image's own
     """
     processes = dist.parse_nnodes(j)[2]
-    words = ["train", "tim4rec", "--output", output]
+    words = ["train", preset, "--output", output]
     words += ["--data.path", data] if data else []
     words += ["--name", name] if name else []
     app = dist.ddp(
