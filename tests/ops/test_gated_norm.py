@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_torchrec.errors import ShapeError
-from ssd_torchrec.ops.gated_norm import gated_norm, gated_norm_definition
+from ssd_torchrec.errors import DoubleBackwardError, ShapeError
+from ssd_torchrec.ops.gated_norm import gated_norm, gated_norm_by_hand, gated_norm_definition
 from tests.golden import assert_golden, golden_cases, golden_tensors, gradients
 from tests.numerics import assert_as_accurate_as_eager
 
@@ -49,9 +49,16 @@ def test_norm_is_as_accurate_as_eager(dtype, groups, events, device):
 
 
 @pytest.mark.parametrize("groups", [1, 2])
-def test_derivative_is_the_derivative(groups):
+@pytest.mark.parametrize("norm", [gated_norm_definition, gated_norm_by_hand])
+def test_derivative_is_the_derivative(norm, groups):
     inputs = tuple(t.requires_grad_() for t in norm_inputs(3, width=4).values())
-    assert torch.autograd.gradcheck(lambda *tensors: gated_norm(*tensors, eps=1e-5, groups=groups), inputs)
+    assert torch.autograd.gradcheck(lambda *tensors: norm(*tensors, eps=1e-5, groups=groups), inputs)
+
+
+def test_second_backward_is_refused():
+    y, z, weight = (t.float().requires_grad_() for t in norm_inputs(3).values())
+    with pytest.raises(DoubleBackwardError, match=r"gated_norm.*pass float64"):
+        torch.autograd.grad(gated_norm(y, z, weight, eps=1e-5).sum(), y, create_graph=True)
 
 
 def test_each_group_has_its_own_norm():
