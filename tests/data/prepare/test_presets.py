@@ -89,8 +89,6 @@ def test_presets_read_the_folder_and_the_file_of_their_log(tmp_path, name):
 
 
 def test_presets_take_further_options(tmp_path):
-    from dataclasses import replace
-
     for file, content in LOGS["ml-1m"][0].items():
         write(tmp_path / file, content)
     config = replace(PRESETS["ml-1m"].log, users=str(tmp_path / "users.dat"), user_columns=("gender", "occupation"))

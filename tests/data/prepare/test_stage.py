@@ -206,6 +206,11 @@ def test_files_of_one_log_may_have_their_columns_in_another_order_in_parquet(tmp
     assert len(events(tmp_path)) == 6
 
 
+def test_names_of_folders_are_no_columns(tmp_path):
+    write(tmp_path / "user_id=5" / "part.parquet", table())
+    assert [row[0] for row in events(tmp_path)] == [1, 2, 1]
+
+
 KEPT = {
     "at least": (("r>=4",), [2, 3]),
     "more": (("r>4",), [3]),

@@ -356,6 +356,11 @@ def test_conditions_that_keep_nothing_or_name_no_column_are_refused(tmp_path):
     refused(log, "log.csv: must have a column rating, got user_id, .*", keep=("rating>=4",))
 
 
+def test_the_bad_row_that_is_named_is_one_that_is_kept(tmp_path):
+    log = write(tmp_path / "log.csv", GOOD + f"0,,{NOON_S}\n1,,{NOON_S}\n")
+    refused(log, "log.csv, line 13: item_id must not be null or empty, got nothing; drop the row", keep=("user_id=1",))
+
+
 USERS = {
     "word": (
         "users.csv",
