@@ -3,10 +3,9 @@
 Where they are documented:
 
     # ml-1m, ml-20m     README of the archives, grouplens.org/datasets/movielens
-    # amazon-*          jmcauley.ucsd.edu/data/amazon (2014), nijianmo.github.io/amazon (2018),
-    #                   amazon-reviews-2023.github.io (2023)
-    # kuairand-*        kuairand.com, "Descriptions of the fields in the log files"
-    # lfm-1b            Schedl 2016, "The LFM-1b Dataset for Music Retrieval and Recommendation", table 1
+    # amazon-*          jmcauley.ucsd.edu/data/amazon/index_2014.html, "Sample review" and "ratings only"
+    # kuairand-*        github.com/chongminggao/KuaiRand, README, "Descriptions of the fields in log_xxx.csv"
+    # lfm-1b            Schedl 2016, "The LFM-1b Dataset for Music Retrieval and Recommendation", table of its files
     # yelp              yelp.com/dataset/documentation, review.json
 """
 
@@ -40,9 +39,8 @@ def _amazon_ratings() -> LogPreset:
 
 def _kuairand(name: str) -> LogPreset:
     log = LogConfig(format="csv", files="log_standard_*.csv", item="video_id", timestamp="time_ms", time_unit="ms")
-    return LogPreset(
-        f"KuaiRand-{name}: the folder with log_standard_4_08_to_4_21_{name.lower()}*.csv and the next", log
-    )
+    first = f"log_standard_4_08_to_4_21_{name.lower()}*.csv"
+    return LogPreset(f"KuaiRand-{name}: the folder of {first} and the next; --keep is_click=1 for clicks alone", log)
 
 
 def _lfm_1b() -> LogPreset:
