@@ -8,7 +8,9 @@ row's first event is its tail, the last K-1 inputs before it, oldest first: 0 if
 Source: Dao & Gu 2024, arXiv:2405.21060, section 7.1, with the padding of each row its own.
 """
 
+from dataclasses import dataclass
 from typing import Any, Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
@@ -52,33 +54,91 @@ def short_conv_definition(
     return out, torch.stack(tails) if tails else pasts + nothing
 
 
-class _Windows(torch.autograd.Function):
-    """Products of some windows of a stream, (S, C) to (T, C). PyTorch is slow at the gradients of weight and bias."""
+@dataclass(frozen=True, eq=False)
+class _Stream:
+    """All rows end to end, with room for K-1 inputs before each, or after it with reverse, and for K at the end.
+
+    # rows of 3 and 2 events, K = 3, r is room      r r a b c r r d e r r r
+    # reverse                                       a b c r r d e r r r r r
+    """
+
+    event_of_slot: Tensor  # (S,) int64, any event for room
+    room: Tensor  # (S - T,) int64 slots, those of the rows first
+    slot_of_event: Tensor  # (T,) int64
+    window: Tensor  # (T,) int64 first of the K slots that an event's output is made of
+    lead: int  # slots of its window before the event: K-1, or 0 with reverse
+
+
+_STREAMS: WeakKeyDictionary[JaggedLayout, dict[tuple[int, bool], _Stream]] = WeakKeyDictionary()
+
+
+def _stream(layout: JaggedLayout, taps: int, reverse: bool) -> _Stream:
+    """Built at first use and kept as long as the layout lives."""
+    streams = _STREAMS.setdefault(layout, {})
+    if (taps, reverse) not in streams:
+        device, room = layout.offsets.device, taps - 1
+        window = torch.arange(layout.num_events, device=device) + room * layout.row_of_event
+        lead = 0 if reverse else room
+        rows = torch.arange(layout.num_rows, device=device)
+        beside = (layout.offsets[1:] if reverse else layout.offsets[:-1]) + room * rows
+        end = layout.num_events + room * layout.num_rows
+        of_rows = (beside[:, None] + torch.arange(room, device=device)).flatten()
+        event_of_slot = window.new_zeros(end + taps)
+        event_of_slot[window + lead] = torch.arange(layout.num_events, device=device)
+        room_slots = torch.cat([of_rows, torch.arange(end, end + taps, device=device)])
+        streams[taps, reverse] = _Stream(event_of_slot, room_slots, window + lead, window, lead)
+    return streams[taps, reverse]
+
+
+class _Lay(torch.autograd.Function):
+    """(T, C) events to the (S, C) slots of a stream, zeros in the room; gathered, as scattering takes three times longer."""
 
     @staticmethod
-    def forward(ctx: Any, stream: Tensor, weight: Tensor, bias: Tensor | None, window: Tensor) -> Tensor:
-        ctx.save_for_backward(stream, weight, window)
-        ctx.has_bias = bias is not None
-        return _correlate(stream, weight, bias).index_select(0, window)
+    def forward(ctx: Any, events: Tensor, stream: _Stream) -> Tensor:
+        ctx.stream = stream
+        return _laid(events, stream)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        refuse_double_backward("short_conv")
+        return grad_outputs[0].index_select(0, ctx.stream.slot_of_event), None
+
+
+def _laid(events: Tensor, stream: _Stream) -> Tensor:
+    if not len(events):
+        return events.new_zeros(len(stream.event_of_slot), events.shape[1])
+    return events.index_select(0, stream.event_of_slot).index_fill_(0, stream.room, 0)
+
+
+class _Windows(torch.autograd.Function):
+    """Products of the window of each event, (S, C) to (T, C). PyTorch is slow at the gradients of weight and bias."""
+
+    @staticmethod
+    def forward(ctx: Any, slots: Tensor, weight: Tensor, bias: Tensor | None, stream: _Stream) -> Tensor:
+        ctx.save_for_backward(slots, weight)
+        ctx.stream, ctx.has_bias = stream, bias is not None
+        return _correlate(slots, weight, bias).index_select(0, stream.window)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward("short_conv")
         (dy,) = grad_outputs
-        stream, weight, window = ctx.saved_tensors
-        taps = weight.shape[1]
-        padded = stream.new_zeros(len(stream) + taps - 1, len(weight)).index_copy_(0, window + taps - 1, dy)
-        windows = padded[taps - 1 : len(stream)]
+        slots, weight = ctx.saved_tensors
+        taps, lead = weight.shape[1], ctx.stream.lead
+        laid = _laid(dy, ctx.stream)  # each dy `lead` slots after its window begins
+        windows = laid[lead : lead + len(slots) - taps + 1]
         product = torch.empty_like(windows)
-        dweight = [torch.mul(windows, stream[k : k + len(windows)], out=product).sum(0) for k in range(taps)]
+        dweight = [torch.mul(windows, slots[k : k + len(windows)], out=product).sum(0) for k in range(taps)]
         dbias = dy.sum(0) if ctx.has_bias else None
-        return _correlate(padded, weight.flip(1), None), torch.stack(dweight, dim=1), dbias, None
+        dslots = _correlate(laid, weight.flip(1), None, padding=taps - 1)[lead : lead + len(slots)]
+        return dslots, torch.stack(dweight, dim=1), dbias, None
 
 
-def _correlate(stream: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    image = stream[None, None].permute(0, 3, 1, 2)  # (1, C, 1, S), channels last in memory as they are
-    with as_given(stream):
-        return F.conv2d(image, weight[:, None, None, :], bias, groups=len(weight))[0, :, 0].T
+def _correlate(slots: Tensor, weight: Tensor, bias: Tensor | None, padding: int = 0) -> Tensor:
+    image = slots[None, None].permute(0, 3, 1, 2)  # (1, C, 1, S), channels last in memory as they are
+    with as_given(slots):
+        out = F.conv2d(image, weight[:, None, None, :], bias, padding=(0, padding), groups=len(weight))
+    return out[0, :, 0].T
 
 
 def short_conv_stream(
@@ -93,22 +153,19 @@ def short_conv_stream(
     return_tail: bool = False,
 ) -> Any:
     """All rows at once, as one stream with room for a tail between them: no window reaches into another row."""
-    channels, taps = weight.shape
     dtype = sum_dtype(x)
-    room = taps - 1  # before its row, or after it with reverse
-    window = torch.arange(layout.num_events, device=x.device) + room * layout.row_of_event  # (T,) where each begins
-    stream = x.new_zeros(layout.num_events + room * layout.num_rows + taps, channels, dtype=dtype)
-    stream.index_copy_(0, window if reverse else window + room, x.to(dtype))
-    rows = torch.arange(layout.num_rows, device=x.device)
-    tails = torch.arange(room, device=x.device) + room * rows[:, None]  # (B, K-1) room before and in each row's tail
+    stream = _stream(layout, weight.shape[1], reverse)
+    slots: Tensor = _Lay.apply(x.to(dtype), stream)
     if tail is not None:
-        stream.index_copy_(0, (layout.offsets[:-1, None] + tails).flatten(), tail.to(dtype).flatten(0, 1))
+        slots = slots.index_copy(0, stream.room[: -weight.shape[1]], tail.to(dtype).flatten(0, 1))
     taps_in_order = (weight.flip(1) if reverse else weight).to(dtype)
-    y = _Windows.apply(stream, taps_in_order, None if bias is None else bias.to(dtype), window)
+    y = _Windows.apply(slots, taps_in_order, None if bias is None else bias.to(dtype), stream)
     y = _ACTIVATIONS[activation](y).to(x.dtype)
     if not return_tail:
         return y
-    return y, stream[layout.offsets[1:, None] + tails].to(x.dtype)
+    room = weight.shape[1] - 1
+    newest = (layout.offsets[1:] + room * torch.arange(layout.num_rows, device=x.device))[:, None]
+    return y, slots[newest + torch.arange(room, device=x.device)].to(x.dtype)
 
 
 def short_conv(
