@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
+from benchmarks import peers
 from benchmarks.ops import processor
 from benchmarks.peers import GRU, Transformer
 from ssd_torchrec.data.batch import Batch
@@ -110,11 +111,12 @@ class Measured:
 
 def contenders(shape: Shape) -> dict[str, Contender]:
     config = PRESETS[shape.preset]
-    transformer = Transformer(config.width, LAYERS, HEADS, shape.published, config.dropout)
+    sizes = (config.width, LAYERS, HEADS, shape.published, config.dropout)
     return {
         OURS: Contender(TiM4Rec(config), None),
         "GRU": Contender(GRU(config.width, LAYERS, config.dropout), None),
-        "transformer": Contender(transformer, shape.published),
+        "transformer": Contender(Transformer(*sizes), shape.published),
+        "transformer of our parts": Contender(Transformer(*sizes, parts=peers.OURS), shape.published),
     }
 
 
@@ -243,7 +245,8 @@ def main() -> None:
         f"{LAYERS} layers, width {config.width}, dropout {config.dropout}, batches of about {asked.tokens:,} events of "
         "histories of similar length, as training forms them.",
         "TiM4Rec (`ml-1m-64d`) and the GRU (`nn.GRU`, packed) see whole histories. The transformer (2 heads, fused "
-        "causal attention) sees the last ones only: its two rates count what the histories hold, and what it is given.",
+        "causal attention) sees the last ones only: its two rates count what the histories hold, and what it is given. It "
+        "is there twice: in plain PyTorch, and with the linear maps and the dropout of this package.",
         "Whole step: tables, encoder, softmax over all items, gradients, Adam.\n",
     ]
     for kind in ("encoder", "step"):

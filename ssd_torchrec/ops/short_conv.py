@@ -91,7 +91,7 @@ def _stream(layout: JaggedLayout, taps: int, reverse: bool) -> _Stream:
 
 
 class _Lay(torch.autograd.Function):
-    """(T, C) events to the (S, C) slots of a stream, zeros in the room; gathered, as scattering takes three times longer."""
+    """(T, C) events to the (S, C) slots of a stream, zeros in the room. Gathered: to scatter takes thrice as long."""
 
     @staticmethod
     def forward(ctx: Any, events: Tensor, stream: _Stream) -> Tensor:
