@@ -244,8 +244,8 @@ def main() -> None:
         f"medians of {asked.rounds} rounds.",
         f"{LAYERS} layers, width {config.width}, dropout {config.dropout}, batches of about {asked.tokens:,} events of "
         "histories of similar length, as training forms them.",
-        "TiM4Rec (`ml-1m-64d`) and the GRU (`nn.GRU`, packed) see whole histories. The transformer (2 heads, fused "
-        "causal attention) sees the last ones only: its two rates count what the histories hold, and what it is given. It "
+        "TiM4Rec (`ml-1m-64d`) and the GRU (`nn.GRU`, packed) see whole histories. The transformer (2 heads, "
+        "fused causal attention) sees the last ones only; its two rates count what histories hold and what it sees. It "
         "is there twice: in plain PyTorch, and with the linear maps and the dropout of this package.",
         "Whole step: tables, encoder, softmax over all items, gradients, Adam.\n",
     ]
