@@ -166,10 +166,34 @@ def generated_run() -> RunConfig:
     )
 
 
+def ml_1m_run() -> RunConfig:
+    """MovieLens-1M to its best with 64 channels; docs/decisions.md has what lost."""
+    return RunConfig(
+        encoder=replace(TIM4REC_PRESETS["ml-1m-64d"], dropout=0.15, time_dropout=0.1),
+        data=DataConfig(tokens_per_batch=4096),
+        sharding=ShardingConfig(optimizer="rowwise_adagrad", learning_rate=0.1),
+        dense=DenseOptimizerConfig(optimizer="muon", learning_rate=4e-3, clip_norm=1.0),
+        training=TrainingConfig(epochs=60, warmup_steps=200, evaluate_every=2, checkpoint_every=1000),
+    )
+
+
+def beauty_run() -> RunConfig:
+    """Amazon Beauty to its best with 64 channels: few events an item, so much dropout and few epochs."""
+    return RunConfig(
+        encoder=replace(TIM4REC_PRESETS["beauty-64d"], dropout=0.5),
+        data=DataConfig(tokens_per_batch=2048),
+        sharding=ShardingConfig(optimizer="rowwise_adagrad", learning_rate=0.05),
+        dense=DenseOptimizerConfig(optimizer="muon", learning_rate=4e-3, clip_norm=1.0),
+        training=TrainingConfig(epochs=12, warmup_steps=200),
+    )
+
+
 def presets() -> dict[str, tuple[str, RunConfig]]:
     """Runs by name, each with a line about it: the generated default, and the published sizes for data of your own."""
     runs = {"tim4rec": ("TiM4Rec, 64 wide, on the generated data that needs time", generated_run())}
+    recipes = {"ml-1m-64d": ml_1m_run(), "beauty-64d": beauty_run()}
     for name, encoder in TIM4REC_PRESETS.items():
-        run = replace(RunConfig(), encoder=encoder)
-        runs[f"tim4rec-{name}"] = (f"TiM4Rec at its published size for {name}; give --data.path", run)
+        run = recipes.get(name) or replace(RunConfig(), encoder=encoder)
+        trained = "trained to its best" if name in recipes else "at its published size"
+        runs[f"tim4rec-{name}"] = (f"TiM4Rec {trained} for {name}; give --data.path", run)
     return runs
