@@ -170,10 +170,10 @@ def ml_1m_run() -> RunConfig:
     """MovieLens-1M to its best with 64 channels; docs/decisions.md has what lost."""
     return RunConfig(
         encoder=replace(TIM4REC_PRESETS["ml-1m-64d"], dropout=0.15, time_dropout=0.1),
-        data=DataConfig(tokens_per_batch=4096),
+        data=DataConfig(tokens_per_batch=2048),
         sharding=ShardingConfig(optimizer="rowwise_adagrad", learning_rate=0.1),
         dense=DenseOptimizerConfig(optimizer="muon", learning_rate=4e-3, clip_norm=1.0),
-        training=TrainingConfig(epochs=60, warmup_steps=200, evaluate_every=2, checkpoint_every=1000),
+        training=TrainingConfig(epochs=40, warmup_steps=200, evaluate_every=4, checkpoint_every=1000),
     )
 
 
