@@ -247,8 +247,8 @@ def main() -> None:
         "TiM4Rec (`ml-1m-64d`) and the GRU (`nn.GRU`, packed) see whole histories. The transformer (2 heads, "
         "fused causal attention) sees the last ones only; its two rates count what histories hold and what it sees. It "
         "is there twice: in plain PyTorch, and with the linear maps and the dropout of this package.",
-        "PyTorch's own products are MKL's, which takes AVX2 on processors that are not Intel's; those of this package are "
-        "oneDNN's.",
+        "PyTorch's own products are MKL's, which takes AVX2 on processors that are not Intel's; those of this package "
+        "are oneDNN's.",
         "Whole step: tables, encoder, softmax over all items, gradients, Adam.\n",
     ]
     for kind in ("encoder", "step"):
