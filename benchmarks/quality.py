@@ -83,13 +83,35 @@ def curve_table(run: Path) -> list[str]:
     """Validation NDCG@10 against wall time, some lines evenly spread and the last."""
     metrics = read_metrics(run)
     curve = [line for line in metrics if line["kind"] == "evaluation" and line["split"] == "valid"]
+    epochs = json.loads((run / "config.json").read_text())["training"]["evaluate_every"]
     every = max(1, len(curve) // CURVE_LINES)
     lines = ["| epoch | step | seconds | validation NDCG@10 | HR@10 |", "|---|---|---|---|---|"]
     for number, line in enumerate(curve, 1):
         if number % every == 0 or number == len(curve):
             figures = f"{line['wall_s']:,.0f} | {line['ndcg@10']:.4f} | {line['hr@10']:.4f}"
-            lines.append(f"| {number} | {line['step']:,} | {figures} |")
+            lines.append(f"| {number * epochs} | {line['step']:,} | {figures} |")
     return lines
+
+
+def table(preset: str, run: Path) -> str:
+    """What a finished run came to."""
+    result = json.loads((run / "result.json").read_text())
+    lines = [
+        f"# {preset} on {result['data']}",
+        "",
+        f"Printed by `python -m benchmarks.quality {preset} LOG` on {processor()}, {result['world_size']} process(es), "
+        f"torch {result['versions']['torch']}, torchrec {result['versions']['torchrec']}, seed {result['seed']}.",
+        f"{result['epochs']} epochs of {result['epoch_s']:.1f} s and {result['train_events_per_s']:,.0f} events/s, "
+        f"evaluations not counted; the best one, epoch {result['best_epoch']} by validation NDCG@10, is measured.",
+        f"Full catalogue, leave-one-out, ties against the model. Published: {SOURCE}.",
+        "",
+        *scores_table(preset, result),
+        "",
+        "Learning curve, seconds with evaluations:",
+        "",
+        *curve_table(run),
+    ]
+    return "\n".join(lines) + "\n"
 
 
 def main() -> None:
@@ -101,27 +123,9 @@ def main() -> None:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--output", type=Path, default=Path("runs/quality"))
     asked, prepare_words = parser.parse_known_args(words[:cut])
-    data = prepared(asked.log, asked.output / asked.preset, prepare_words)
-    run = train(asked.preset, data, asked.output / asked.preset, asked.processes, words[cut + 1 :])
-    result = json.loads((run / "result.json").read_text())
-    seconds, speed = result["epoch_s"], result["train_events_per_s"]
-    lines = [
-        f"# {asked.preset} on {result['data']}",
-        "",
-        f"Printed by `python -m benchmarks.quality {asked.preset} LOG` on {processor()}, "
-        f"{result['world_size']} process(es), "
-        f"torch {result['versions']['torch']}, torchrec {result['versions']['torchrec']}, seed {result['seed']}.",
-        f"{result['epochs']} epochs of {seconds:.1f} s and {speed:,.0f} events/s, evaluations not counted; "
-        f"the best one, epoch {result['best_epoch']} by validation NDCG@10, is what is measured.",
-        f"Full catalogue, leave-one-out, ties against the model. Published: {SOURCE}.",
-        "",
-        *scores_table(asked.preset, result),
-        "",
-        "Learning curve:",
-        "",
-        *curve_table(run),
-    ]
-    text = "\n".join(lines) + "\n"
+    output = asked.output / asked.preset
+    data = prepared(asked.log, output, prepare_words)
+    text = table(asked.preset, train(asked.preset, data, output, asked.processes, words[cut + 1 :]))
     print(text)
     (RESULTS / f"quality-{asked.preset}.md").write_text(text)
 
