@@ -21,6 +21,10 @@ class ShapeError(SSDTorchRecError, ValueError):
     """Tensors handed to an operator do not fit each other."""
 
 
+class DtypeError(SSDTorchRecError, TypeError):
+    """A tensor handed to an operator is of a dtype, or on a device, that it does not take."""
+
+
 class CheckpointError(SSDTorchRecError, RuntimeError):
     """A checkpoint is cut short, edited, or belongs to another model, vocabulary or optimizer."""
 
