@@ -16,9 +16,6 @@ READY := .venv/.ready
 READY_FOR := $(STACK) $(CURDIR)
 INSTALLS := pyproject.toml requirements/common.txt requirements/$(STACK).txt packaging/fbgemm-gpu-shim/pyproject.toml
 
-# Those of benchmarks/ that say something of a GPU; the others are of the CPU, the disk, or of data that is not here.
-GPU_BENCHMARKS := ops
-
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PYRIGHT_PYTHON_IGNORE_WARNINGS := 1
 
@@ -54,11 +51,11 @@ lint: $(READY)
 	$(BIN)/pyright
 
 # With PYTHON given, that interpreter runs the checks as it is: for a GPU host whose packages are already in place.
+# PART=tests, selftest, ops or rest; OUTPUT=FOLDER of the results; BUDGET_S=SECONDS after which a part stops, to go on next time.
 gpu-check: CHECKER := $(or $(PYTHON),$(BIN)/python)
 gpu-check: $(if $(PYTHON),,$(READY))
-	$(CHECKER) -c 'import torch; assert torch.cuda.is_available(), "gpu-check needs a GPU that torch can use; see ssd-torchrec doctor"'
-	PYTHONPATH=.:$${PYTHONPATH:-} $(CHECKER) -m pytest -q -m 'slow or not slow'
-	for benchmark in $(GPU_BENCHMARKS); do PYTHONPATH=.:$${PYTHONPATH:-} $(CHECKER) -m benchmarks.$$benchmark; done
+	PYTHONPATH=.:$${PYTHONPATH:-} $(CHECKER) -m benchmarks.gpu_check \
+	  $(if $(PART),--part $(PART)) $(if $(OUTPUT),--output $(OUTPUT)) $(if $(BUDGET_S),--budget-s $(BUDGET_S))
 
 clean:
 	rm -rf .venv .pytest_cache .ruff_cache .hypothesis *.egg-info build packaging/*/build packaging/*/*.egg-info

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import duckdb
 
-from benchmarks.ops import processor
+from benchmarks.machine import processor
 
 RESULTS = Path(__file__).parent / "results" / "prepare.md"
 GIB = 2**30

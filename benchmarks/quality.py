@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.ops import processor
+from benchmarks.machine import processor
 from ssd_torchrec.data.schema import CUTOFFS, META_FILE
 from ssd_torchrec.training.tracking import read_metrics
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from torchrec import KeyedJaggedTensor
 
 from benchmarks import peers
-from benchmarks.ops import processor
+from benchmarks.machine import processor
 from benchmarks.peers import GRU, Transformer
 from ssd_torchrec.data.batch import Batch
 from ssd_torchrec.data.batch_plan import BatchConfig, training_windows

@@ -87,24 +87,47 @@ class SSDMixerState(NamedTuple):
     ssm: Tensor  # (B, H, P, N), at least fp32
 
 
-class SSDMixer(nn.Module):
-    """Project, convolve, scan with a gated step, norm, project."""
+class SSDBlock(nn.Module):
+    """All of a mixer but its scan: the projections, the convolution, the norm, and the parameters of the scan."""
 
-    def __init__(self, config: SSDMixerConfig) -> None:
+    def __init__(self, config: SSDMixerConfig, step_shape: tuple[int, ...]) -> None:
+        """Steps of an event come in `step_shape`, (H,) or (2, H), and so do `dt_bias` and `A_log`."""
         super().__init__()
         self.config = config
-        heads = config.heads
-        self.in_proj = Linear(config.width, config.inner + config.conv_channels + heads)
+        steps = math.prod(step_shape)
+        self.in_proj = Linear(config.width, config.inner + config.conv_channels + steps)
         self.conv = ShortConv(config.conv_channels, config.taps, config.activation, config.conv_init)
-        self.dt_bias = nn.Parameter(inverse_softplus(_log_uniform(heads, *STEP_RANGE)) - config.raw_step)
-        self.A_log = nn.Parameter(torch.empty(heads).uniform_(*RATE_RANGE).log())
-        self.D = nn.Parameter(torch.ones(heads))
+        self.dt_bias = nn.Parameter(inverse_softplus(_log_uniform(step_shape, *STEP_RANGE)) - config.raw_step)
+        self.A_log = nn.Parameter(torch.empty(step_shape).uniform_(*RATE_RANGE).log())
+        self.D = nn.Parameter(torch.ones(config.heads))
         self.norm_weight = nn.Parameter(torch.ones(config.inner))
         self.out_proj = Linear(config.inner, config.width)
         for linear in (self.in_proj, self.out_proj):
             nn.init.normal_(linear.weight, std=0.02)
             nn.init.zeros_(linear.bias)
-        nn.init.constant_(self.in_proj.bias[-heads:], config.raw_step)
+        nn.init.constant_(self.in_proj.bias[-steps:], config.raw_step)
+
+    def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, D) to z (T, E), xBC (T, E+2N) and the raw steps (T, *step_shape), these in the dtype of `A_log`."""
+        steps = self.A_log.numel()
+        z, xbc, raw_step = self.in_proj(x).split([self.config.inner, self.config.conv_channels, steps], -1)
+        return z, xbc, raw_step.to(self.A_log.dtype).unflatten(-1, self.A_log.shape)
+
+    def _split(self, xbc: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """(T, E+2N) to x (T, H, P), B and C (T, 1, N): one group for all heads."""
+        x, B, C = xbc.split([self.config.inner, self.config.state, self.config.state], -1)
+        return x.unflatten(-1, (self.config.heads, self.config.head_width)), B.unsqueeze(1), C.unsqueeze(1)
+
+    def _finish(self, y: Tensor, z: Tensor) -> Tensor:
+        """(T, H, P) and the gate (T, E) to (T, D)."""
+        return self.out_proj(gated_norm(y.flatten(1), z, self.norm_weight, eps=self.config.norm_eps))
+
+
+class SSDMixer(SSDBlock):
+    """Project, convolve, scan with a gated step, norm, project."""
+
+    def __init__(self, config: SSDMixerConfig) -> None:
+        super().__init__(config, (config.heads,))
 
     def forward(
         self, x: Tensor, gate: Tensor | None, layout: JaggedLayout, state: SSDMixerState | None = None
@@ -118,19 +141,16 @@ class SSDMixer(nn.Module):
         Returns:
             (T, D), and the state to go on with, None without one. Under autocast step, A and states stay fp32.
         """
-        z, xbc, raw_step = self.in_proj(x).split([self.config.inner, self.config.conv_channels, self.config.heads], -1)
+        z, xbc, step = self._project(x)
         xbc, tail = self.conv(xbc, layout, state.conv if state else None)
-        inputs, B, C = xbc.split([self.config.inner, self.config.state, self.config.state], -1)
-        step = raw_step.to(self.A_log.dtype)
-        y, ssm = self._scan(inputs, step if gate is None else step * gate, B, C, layout, state.ssm if state else None)
-        out = self.out_proj(gated_norm(y.flatten(1), z, self.norm_weight, eps=self.config.norm_eps))
-        return out, None if tail is None or ssm is None else SSDMixerState(tail, ssm)
+        y, ssm = self._scan(xbc, step if gate is None else step * gate, layout, state.ssm if state else None)
+        return self._finish(y, z), None if tail is None or ssm is None else SSDMixerState(tail, ssm)
 
     def _scan(
-        self, x: Tensor, step: Tensor, B: Tensor, C: Tensor, layout: JaggedLayout, initial: Tensor | None
+        self, xbc: Tensor, step: Tensor, layout: JaggedLayout, initial: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        x = x.unflatten(-1, (self.config.heads, self.config.head_width))  # (T, H, P)
-        args = (x, step, -self.A_log.exp(), B.unsqueeze(1), C.unsqueeze(1), layout)  # B and C: one group for all heads
+        x, B, C = self._split(xbc)
+        args = (x, step, -self.A_log.exp(), B, C, layout)
         if initial is None:
             return ssd_scan(*args, dt_bias=self.dt_bias, D=self.D), None
         return ssd_scan(*args, dt_bias=self.dt_bias, D=self.D, initial_state=initial, return_final_state=True)
@@ -141,5 +161,5 @@ def inverse_softplus(y: Tensor) -> Tensor:
     return y + torch.log(-torch.expm1(-y))
 
 
-def _log_uniform(count: int, low: float, high: float) -> Tensor:
-    return torch.empty(count).uniform_(math.log(low), math.log(high)).exp()
+def _log_uniform(shape: tuple[int, ...], low: float, high: float) -> Tensor:
+    return torch.empty(shape).uniform_(math.log(low), math.log(high)).exp()

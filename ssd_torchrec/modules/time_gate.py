@@ -51,8 +51,32 @@ class GapSignal(nn.Module):
             previous = torch.where(has_gap, previous, last[layout.row_of_event])
             has_gap = has_gap | known[layout.row_of_event]
         gap_s = torch.where(has_gap, timestamps - previous, 0)  # in int64: fp32 would round epochs to minutes
-        z = (gap_s.to(self.first.dtype).log1p() - self.log_gap_mean) / self.log_gap_std
+        z = _normalised(gap_s, self.log_gap_mean, self.log_gap_std, self.first.dtype)
         return torch.where(has_gap[:, None], z[:, None], self.first)
+
+
+class NextGapSignal(nn.Module):
+    """The same from the other side: the gap to the next event; a learned value at a row's last event. Looks ahead."""
+
+    def __init__(self, heads: int, log_gap_mean: float, log_gap_std: float) -> None:
+        super().__init__()
+        self.log_gap_mean = log_gap_mean
+        self.log_gap_std = log_gap_std
+        self.last = nn.Parameter(torch.zeros(heads))
+
+    def forward(self, timestamps: Tensor, layout: JaggedLayout) -> Tensor:
+        """Turn (T,) int64 seconds, ascending within a row, into the (T, H) signal, in the dtype of the parameters.
+
+        A timestamp above the one after it is the caller's error, and becomes NaN as in `GapSignal`.
+        """
+        has_gap = (layout.position > 0).roll(-1)  # what follows an event in its row is no first event
+        gap_s = torch.where(has_gap, timestamps.roll(-1) - timestamps, 0)
+        z = _normalised(gap_s, self.log_gap_mean, self.log_gap_std, self.last.dtype)
+        return torch.where(has_gap[:, None], z[:, None], self.last)
+
+
+def _normalised(gap_s: Tensor, log_gap_mean: float, log_gap_std: float, dtype: torch.dtype) -> Tensor:
+    return (gap_s.to(dtype).log1p() - log_gap_mean) / log_gap_std
 
 
 @dataclass(frozen=True, kw_only=True)

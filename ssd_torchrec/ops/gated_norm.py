@@ -15,6 +15,8 @@ from torch import Tensor
 
 from ssd_torchrec.errors import ShapeError
 from ssd_torchrec.ops.checks import check_shape
+from ssd_torchrec.ops.gated_norm_triton import gated_norm_triton
+from ssd_torchrec.ops.launch import check_tensors
 from ssd_torchrec.ops.precision import sum_dtype
 from ssd_torchrec.ops.registry import refuse_double_backward
 
@@ -72,7 +74,9 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, *, eps: float, groups: int 
         (T, E) in the dtype of `y`; computed in fp32, or in fp64 if `y` is.
 
     Raises:
-        ShapeError: shapes do not fit each other, or `groups` does not divide E.
+        ShapeError: shapes do not fit each other, `groups` does not divide E, or on a GPU a group has more than 8192
+            channels.
+        DtypeError: `y` is none of fp64, fp32, bf16 and fp16, or another tensor is no floating point one or elsewhere.
 
     Deterministic. Takes the definition if `y` is fp64; else it has no second derivative.
     """
@@ -84,4 +88,6 @@ def gated_norm(y: Tensor, z: Tensor, weight: Tensor, *, eps: float, groups: int 
     check_shape("weight", weight, (y.shape[1],), "scale each channel of y")
     if y.dtype == torch.float64:
         return gated_norm_definition(y, z, weight, eps=eps, groups=groups)
-    return gated_norm_by_hand(y, z, weight, eps=eps, groups=groups)
+    check_tensors("gated_norm", y, {"z": z, "weight": weight})
+    norm = gated_norm_triton if y.is_cuda else gated_norm_by_hand
+    return norm(y, z, weight, eps=eps, groups=groups)

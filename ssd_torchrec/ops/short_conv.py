@@ -19,8 +19,10 @@ from torch import Tensor
 from ssd_torchrec.errors import ConfigError, ShapeError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.ops.checks import check_shape
+from ssd_torchrec.ops.launch import check_tensors
 from ssd_torchrec.ops.precision import as_given, sum_dtype
 from ssd_torchrec.ops.registry import refuse_double_backward
+from ssd_torchrec.ops.short_conv_triton import short_conv_triton
 
 Activation = Literal["silu", "hardswish", "none"]
 _ACTIVATIONS = {"silu": F.silu, "hardswish": F.hardswish, "none": lambda x: x}
@@ -196,7 +198,8 @@ def short_conv(
 
     Raises:
         JaggedLayoutError: `x` does not hold the events of `layout`.
-        ShapeError: shapes do not fit each other.
+        ShapeError: shapes do not fit each other, or on a GPU there are more than 8 taps.
+        DtypeError: `x` is none of fp64, fp32, bf16 and fp16, or another tensor is no floating point one or elsewhere.
         ConfigError: the activation is none of the three, or `reverse` came with a tail: what follows a row's last event
             is not known when the row is, so backwards there is no stream to resume.
 
@@ -219,5 +222,9 @@ def short_conv(
     check_shape("weight", weight, (channels, taps), "give each channel of x its taps")
     check_shape("bias", bias, (channels,), "give each channel of x one value")
     check_shape("tail", tail, (layout.num_rows, taps - 1, channels), "give each row of the layout its last K-1 inputs")
-    conv = short_conv_definition if x.dtype == torch.float64 else short_conv_stream
-    return conv(x, weight, bias, layout, activation=activation, reverse=reverse, tail=tail, return_tail=return_tail)
+    options = {"activation": activation, "reverse": reverse, "tail": tail, "return_tail": return_tail}
+    if x.dtype == torch.float64:
+        return short_conv_definition(x, weight, bias, layout, **options)
+    check_tensors("short_conv", x, {"weight": weight, "bias": bias, "tail": tail})
+    conv = short_conv_triton if x.is_cuda else short_conv_stream
+    return conv(x, weight, bias, layout, **options)

@@ -21,8 +21,10 @@ from ssd_torchrec.errors import ShapeError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.ops.checks import check_shape
 from ssd_torchrec.ops.chunks import chunk_table
+from ssd_torchrec.ops.launch import check_tensors
 from ssd_torchrec.ops.precision import sum_dtype
 from ssd_torchrec.ops.ssd_chunked import chunked_scan
+from ssd_torchrec.ops.ssd_triton import ssd_scan_triton
 
 
 def ssd_scan_definition(
@@ -57,7 +59,7 @@ def ssd_scan_definition(
         y += reversed(outputs) if reverse else outputs
         final.append(state + nothing)
     out = torch.stack(y) if y else x + nothing
-    out = _skip_and_gate(out, x, D, z).to(x.dtype)
+    out = skip_and_gate(out, x, D, z).to(x.dtype)
     if not return_final_state:
         return out
     return out, (torch.stack(final) if final else initial + nothing).to(sum_dtype(x))
@@ -99,7 +101,7 @@ def ssd_scan_chunked(
         initial_state=initial,
         keep_final=return_final_state,
     )
-    y = _skip_and_gate(y, events, D, z).to(x.dtype)
+    y = skip_and_gate(y, events, D, z).to(x.dtype)
     return (y, final) if return_final_state else y
 
 
@@ -107,13 +109,14 @@ def _step(dt: Tensor, dt_bias: Tensor | None) -> Tensor:
     return F.softplus(dt if dt_bias is None else dt + dt_bias)
 
 
-def _skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+def skip_and_gate(y: Tensor, x: Tensor, D: Tensor | None, z: Tensor | None) -> Tensor:
+    """(y + D x) silu(z), with D and z where given."""
     if D is not None:
         y = y + D[:, None] * x
     return y if z is None else y * F.silu(z.to(y.dtype))
 
 
-def _check(
+def check_scan(
     x: Tensor,
     dt: Tensor,
     A: Tensor,
@@ -125,6 +128,7 @@ def _check(
     z: Tensor | None,
     initial_state: Tensor | None,
 ) -> None:
+    """Refuse what `ssd_scan` documents that it refuses, for every path."""
     layout.check(x)
     if x.ndim != 3 or B.ndim != 3 or not B.shape[1] or x.shape[1] % B.shape[1]:
         raise ShapeError(
@@ -179,13 +183,22 @@ def ssd_scan(
 
     Raises:
         JaggedLayoutError: a tensor of events does not hold the events of `layout`.
-        ShapeError: shapes do not fit each other, or `A` is above 0 (looked at on the CPU only: on CUDA it is trusted).
+        ShapeError: shapes do not fit each other, `A` is above 0 (looked at on the CPU only: on CUDA it is trusted), or
+            a head's state is larger than the kernels hold, 128 x 128 on CUDA.
+        DtypeError: on CUDA, tensors are neither fp64 nor of a dtype that kernels take, or not on one device.
 
     Deterministic; other rows change a row's result by rounding at most. Takes the definition if `x` is fp64; else has
     no second derivative.
     """
-    _check(x, dt, A, B, C, layout, dt_bias, D, z, initial_state)
-    scan = ssd_scan_definition if x.dtype == torch.float64 else ssd_scan_chunked
+    check_scan(x, dt, A, B, C, layout, dt_bias, D, z, initial_state)
+    if x.dtype == torch.float64:
+        scan = ssd_scan_definition
+    elif x.is_cuda:
+        others = {"dt": dt, "A": A, "B": B, "C": C, "dt_bias": dt_bias, "D": D, "z": z, "initial_state": initial_state}
+        check_tensors("ssd_scan", x, others)
+        scan = ssd_scan_triton
+    else:
+        scan = ssd_scan_chunked
     return scan(
         x,
         dt,

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ssd_torchrec.jagged import JaggedLayout
-from ssd_torchrec.modules.time_gate import GapSignal, SignalMix, TimeGate, TimeGateConfig, TimeGateState
+from ssd_torchrec.modules.time_gate import GapSignal, NextGapSignal, SignalMix, TimeGate, TimeGateConfig, TimeGateState
 
 CONFIG = TimeGateConfig(heads=4)
 LAYOUT = JaggedLayout.from_lengths([3, 0, 2])
@@ -44,6 +44,37 @@ def test_the_first_new_event_of_a_known_row_has_a_gap_to_its_past():
 def test_a_row_that_runs_backwards_is_not_quietly_mended():
     got = gap_signal()(torch.tensor([100, 50]), JaggedLayout.from_lengths([2]), None, None)
     assert got[1].isnan().all()
+
+
+def next_gap_signal(heads: int = 2) -> NextGapSignal:
+    signal = NextGapSignal(heads, log_gap_mean=2.0, log_gap_std=4.0).double()
+    torch.nn.init.constant_(signal.last, -7.0)
+    return signal
+
+
+def test_the_signal_from_the_other_side_is_of_the_next_gap_and_learned_at_last_events():
+    got = next_gap_signal()(STAMPS, LAYOUT)
+    wanted = [z(0), z(59), -7.0, z(8_639_999), -7.0]
+    torch.testing.assert_close(got, torch.tensor(wanted, dtype=torch.float64)[:, None].expand(5, 2))
+
+
+@pytest.mark.parametrize("lengths", [[4, 0, 1, 3], [1, 1], [0, 0], []], ids=str)
+def test_the_signal_from_the_other_side_is_that_of_turned_rows_whose_clock_runs_backwards(lengths):
+    layout, row = JaggedLayout.from_lengths(lengths), JaggedLayout.from_lengths(lengths).row_of_event
+    turned = layout.offsets[row] + layout.offsets[row + 1] - 1 - torch.arange(sum(lengths))
+    stamps = 1_700_000_000 + torch.arange(sum(lengths)).square()
+    got, forwards = next_gap_signal()(stamps, layout), gap_signal()(-stamps[turned], layout, None, None)
+    assert torch.equal(got, forwards[turned])
+
+
+def test_a_second_until_the_next_event_counts_however_late_in_the_century():
+    fp32 = next_gap_signal().float()
+    got = fp32(torch.tensor([4_000_000_000, 4_000_000_001]), JaggedLayout.from_lengths([2]))
+    assert got[0, 0].item() == pytest.approx(z(1))
+
+
+def test_a_row_that_runs_backwards_is_not_quietly_mended_from_the_other_side_either():
+    assert next_gap_signal()(torch.tensor([100, 50]), JaggedLayout.from_lengths([2]))[0].isnan().all()
 
 
 def gate_and_inputs(lengths: list[int], config: TimeGateConfig = CONFIG) -> tuple[TimeGate, Tensor, JaggedLayout]:

@@ -55,9 +55,36 @@ def results(
     scan: Callable[..., Any], tensors: dict[str, Tensor], layout: JaggedLayout, **options: Any
 ) -> dict[str, Tensor]:
     """Output, final state and the gradient of every input; cotangents are exact in every dtype."""
+    return _with_gradients(("y", "final_state"), scan, tensors, layout, return_final_state=True, **options)
+
+
+def bidirectional_inputs(lengths: list[int], **options: Any) -> dict[str, Tensor]:
+    """Those of `scan_inputs`, with steps of both directions and without states."""
+    forward, backward = (scan_inputs(lengths, states=False, **options, seed=seed) for seed in (0, 1))
+    stacked = {"dt": 1, "A": 0, "dt_bias": 0}
+    return forward | {name: torch.stack([forward[name], backward[name]], dim) for name, dim in stacked.items()}
+
+
+def bidirectional_results(
+    scan: Callable[..., Any], tensors: dict[str, Tensor], layout: JaggedLayout, **options: Any
+) -> dict[str, Tensor]:
+    """Output and the gradient of every input."""
+    return _with_gradients(("y",), scan, tensors, layout, **options)
+
+
+def _with_gradients(
+    names: tuple[str, ...],
+    scan: Callable[..., Any],
+    tensors: dict[str, Tensor],
+    layout: JaggedLayout,
+    **options: Any,
+) -> dict[str, Tensor]:
     tensors = {name: tensor.detach().clone().requires_grad_() for name, tensor in tensors.items()}
-    outputs = call(scan, tensors, layout, return_final_state=True, **options)
+    outputs = call(scan, tensors, layout, **options)
+    outputs = (outputs,) if isinstance(outputs, Tensor) else outputs
     cotangents = [(torch.arange(o.numel(), device=o.device) % 5 - 2).to(o).view_as(o) for o in outputs]
     grads = torch.autograd.grad(outputs, list(tensors.values()), cotangents)
-    named = {f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)}
-    return {"y": outputs[0].detach(), "final_state": outputs[1].detach(), **named}
+    return {
+        **{name: output.detach() for name, output in zip(names, outputs, strict=True)},
+        **{f"d{name}": grad for name, grad in zip(tensors, grads, strict=True)},
+    }

@@ -1,0 +1,383 @@
+"""The gradients of the state-space scan, chunk by chunk, given what comes into the chunks from both of their sides.
+
+With S the state that comes into a chunk, R the gradient of the one that leaves it, and w = between(i, j) delta[j]:
+
+    dx[j]     = sum_i (C[i] . B[j]) w dy[i]  +  leaving(j) delta[j] R B[j]  +  D dy[j]
+    dB[j]     = sum_i (x[j] . dy[i]) w C[i]  +  leaving(j) delta[j] x[j]^T R          summed over a group's heads
+    dC[i]     = sum_j (x[j] . dy[i]) w B[j]  +  entering(i) dy[i]^T S                     likewise
+    ddelta[j] = sum_i (C[i] . B[j]) (x[j] . dy[i]) between(i, j)  +  leaving(j) x[j]^T R B[j]  +  A da[j]
+
+The gradient `da` of a log decay is the sum of all that spans it: from event to event, into an event, out of one, across
+the chunk. An event's own product spans none and is left out, so that no small sum is a difference of large ones. All
+matrices stand source by target: no product of the tensor cores is turned before it enters another one.
+
+Shapes: B rows, T events in all, H heads, P channels of a head, N state per channel, G groups. S and R are (H, P, N).
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssd_torchrec.ops.launch import dot_precision
+from ssd_torchrec.ops.ssd_chunk import between, locate, num_slots, reach_of, steps_of
+from ssd_torchrec.ops.ssd_output import Inputs
+from ssd_torchrec.ops.ssd_sizes import Sizes, block
+
+
+@triton.jit
+def _one_way_gradients(
+    x,
+    dy,
+    B,
+    C,
+    pairs,
+    dx,
+    dB,
+    dC,
+    dt_ptr,
+    A_ptr,
+    dt_bias_ptr,
+    state_ptr,
+    dstate_ptr,
+    ddt_ptr,
+    dA_ptr,
+    dt_bias_partial_ptr,
+    has_state,
+    has_dstate,
+    here,
+    dt_stride,
+    DDT_STRIDE: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    REVERSE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One head in one direction: adds to dx, dB and dC, stores ddt, and returns the weights w, source by target."""
+    q = tl.arange(0, CHUNK)
+    raw, delta, log_decay = steps_of(dt_ptr, A_ptr, dt_bias_ptr, q, dt_stride, here, HAS_BIAS, PRECISE)
+    high, low, entering, leaving, whole = reach_of(log_decay, REVERSE, PRECISE)
+    kept = q[:, None] >= q[None, :] if REVERSE else q[:, None] <= q[None, :]
+    decays = between(high[None, :], low[None, :], high[:, None], low[:, None], kept, PRECISE)
+    spans = pairs * decays
+    ddelta = tl.sum(spans, 1)
+    spans = tl.where(q[:, None] != q[None, :], spans * delta[:, None], 0.0)
+    up_to = tl.sum(spans, 0) - tl.sum(spans, 1)
+    beyond = tl.zeros([CHUNK], tl.float32)
+    across = tl.sum(beyond, 0)
+    if not WHOLE:
+        if has_state | has_dstate:
+            n = tl.arange(0, BLOCK_N)[None, :]
+            p = tl.arange(0, BLOCK_P)[:, None]
+            in_state = (n < N) & (p < P)
+            state = tl.load(state_ptr + p * N + n, mask=in_state & has_state, other=0.0)  # (P, N)
+            dstate = tl.load(dstate_ptr + p * N + n, mask=in_state & has_dstate, other=0.0)
+            arriving = (dy * entering[:, None]).to(dy.dtype)
+            dC_state = tl.dot(arriving, state, input_precision=PRECISION)  # (Q, N)
+            dC += dC_state
+            up_to += tl.sum(dC_state * C, 1)
+            x_dstate = tl.dot(x, dstate, input_precision=PRECISION)  # (Q, N)
+            part = tl.sum(x_dstate * B, 1) * leaving
+            ddelta += part
+            beyond += part * delta
+            departing = delta * leaving
+            dB += x_dstate * departing[:, None]
+            dx += tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * departing[:, None]
+            across += whole * tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+    if PRECISE:
+        up_to_wide = up_to.to(tl.float64)
+        beyond_wide = beyond.to(tl.float64)
+    else:
+        up_to_wide = up_to
+        beyond_wide = beyond
+    if REVERSE:
+        dlog_decay = tl.sum(beyond_wide, 0) + tl.cumsum(up_to_wide - beyond_wide, 0)
+    else:
+        turned = beyond_wide - up_to_wide
+        dlog_decay = tl.sum(up_to_wide, 0) + tl.cumsum(turned, 0) - turned
+    dlog_decay += across
+    ddelta += dlog_decay.to(tl.float32) * tl.load(A_ptr).to(tl.float32)
+    ddt = tl.where(here, ddelta * tl.sigmoid(raw), 0.0)
+    tl.store(ddt_ptr + q * DDT_STRIDE, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
+    tl.store(dA_ptr, tl.sum(dlog_decay * delta, 0))
+    tl.store(dt_bias_partial_ptr, tl.sum(ddt.to(dt_bias_partial_ptr.dtype.element_ty), 0))
+    return decays * delta[:, None], dx, dB, dC
+
+
+@triton.jit(do_not_specialize=["rows", "T"])
+def _gradients_kernel(
+    x_ptr,
+    dt_ptr,
+    A_ptr,
+    B_ptr,
+    C_ptr,
+    dt_bias_ptr,
+    D_ptr,
+    dy_ptr,
+    forward_ptr,
+    backward_ptr,
+    dforward_ptr,
+    dbackward_ptr,
+    offsets_ptr,
+    dx_ptr,
+    ddt_ptr,
+    dB_ptr,
+    dC_ptr,
+    partial_ptr,
+    rows,
+    T,
+    x_stride,
+    dt_stride,
+    B_stride,
+    C_stride,
+    H: tl.constexpr,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    PER_GROUP: tl.constexpr,
+    HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    FORWARD: tl.constexpr,
+    BACKWARD: tl.constexpr,
+    WHOLE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_D: tl.constexpr,
+    HAS_FIRST: tl.constexpr,
+    HAS_LAST: tl.constexpr,
+    PRECISE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """One program a chunk and HEADS heads of one group, one after the other. WHOLE: each row is one chunk."""
+    BLOCKS: tl.constexpr = H // HEADS
+    GROUPS: tl.constexpr = H // PER_GROUP
+    DIRECTIONS: tl.constexpr = FORWARD + BACKWARD
+    slot = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    first_head = (tl.program_id(0) % BLOCKS) * HEADS
+    partial_ptr += slot * ((2 * DIRECTIONS + 1) * H) + first_head  # of dA and dt_bias in each direction, then D
+    if WHOLE:
+        begin = tl.load(offsets_ptr + slot)
+        length = tl.load(offsets_ptr + slot + 1) - begin
+        chunk = slot * 0
+    else:
+        row, chunk = locate(offsets_ptr, rows, slot, CHUNK)
+        begin = tl.load(offsets_ptr + row)
+        length = tl.load(offsets_ptr + row + 1) - begin
+    if chunk * CHUNK >= length:
+        h = tl.arange(0, BLOCK_HEADS)
+        for kind in tl.static_range(2 * DIRECTIONS + 1):
+            tl.store(partial_ptr + kind * H + h, tl.zeros([BLOCK_HEADS], tl.float32), mask=h < HEADS)
+        return
+    has_before = chunk > 0
+    has_after = (chunk + 1) * CHUNK < length
+    begin += chunk * CHUNK
+    here_length = (length - chunk * CHUNK).to(tl.int32)
+    q = tl.arange(0, CHUNK)
+    p = tl.arange(0, BLOCK_P)
+    n = tl.arange(0, BLOCK_N)
+    here = q < here_length
+    in_keys = here[:, None] & (n < N)[None, :]
+    in_x = here[:, None] & (p < P)[None, :]
+    group = first_head // PER_GROUP
+    B = tl.load(B_ptr + begin * B_stride + group * N + q[:, None] * B_stride + n[None, :], mask=in_keys, other=0.0)
+    C = tl.load(C_ptr + begin * C_stride + group * N + q[:, None] * C_stride + n[None, :], mask=in_keys, other=0.0)
+    product = tl.dot(B, tl.trans(C), input_precision=PRECISION)  # (j, i)
+    dproduct = tl.zeros([CHUNK, CHUNK], tl.float32)
+    dB = tl.zeros([CHUNK, BLOCK_N], tl.float32)
+    dC = tl.zeros([CHUNK, BLOCK_N], tl.float32)
+    x_ptr += begin * x_stride
+    dt_ptr += begin * dt_stride
+    dy_ptr += begin * (H * P)
+    dx_ptr += begin * (H * P)
+    ddt_ptr += begin * (DIRECTIONS * H)
+    for number in range(0, HEADS):
+        head = first_head + number
+        state_at = (slot * H + head) * (P * N)
+        packed = q[:, None] * (H * P) + head * P + p[None, :]
+        x = tl.load(x_ptr + q[:, None] * x_stride + head * P + p[None, :], mask=in_x, other=0.0)
+        dy = tl.load(dy_ptr + packed, mask=in_x, other=0.0)
+        shared = tl.dot(x, tl.trans(dy), input_precision=PRECISION)  # (j, i)
+        pairs = shared * product
+        dx = tl.zeros([CHUNK, BLOCK_P], tl.float32)
+        if FORWARD:
+            weights, dx, dB, dC = _one_way_gradients(
+                x,
+                dy,
+                B,
+                C,
+                pairs,
+                dx,
+                dB,
+                dC,
+                dt_ptr + head,
+                A_ptr + head,
+                dt_bias_ptr + head if HAS_BIAS else None,
+                forward_ptr + state_at,
+                dforward_ptr + state_at,
+                ddt_ptr + head,
+                partial_ptr + number,
+                partial_ptr + DIRECTIONS * H + number,
+                has_before | HAS_FIRST,
+                has_after | HAS_LAST,
+                here,
+                dt_stride,
+                DDT_STRIDE=DIRECTIONS * H,
+                P=P,
+                N=N,
+                CHUNK=CHUNK,
+                BLOCK_P=BLOCK_P,
+                BLOCK_N=BLOCK_N,
+                REVERSE=False,
+                WHOLE=WHOLE,
+                HAS_BIAS=HAS_BIAS,
+                PRECISE=PRECISE,
+                PRECISION=PRECISION,
+            )
+        if BACKWARD:
+            of_head = head + FORWARD * H
+            some, dx, dB, dC = _one_way_gradients(
+                x,
+                dy,
+                B,
+                C,
+                pairs,
+                dx,
+                dB,
+                dC,
+                dt_ptr + of_head,
+                A_ptr + of_head,
+                dt_bias_ptr + of_head if HAS_BIAS else None,
+                backward_ptr + state_at,
+                dbackward_ptr + state_at,
+                ddt_ptr + of_head,
+                partial_ptr + FORWARD * H + number,
+                partial_ptr + (DIRECTIONS + FORWARD) * H + number,
+                has_after | HAS_FIRST,
+                has_before | HAS_LAST,
+                here,
+                dt_stride,
+                DDT_STRIDE=DIRECTIONS * H,
+                P=P,
+                N=N,
+                CHUNK=CHUNK,
+                BLOCK_P=BLOCK_P,
+                BLOCK_N=BLOCK_N,
+                REVERSE=True,
+                WHOLE=WHOLE,
+                HAS_BIAS=HAS_BIAS,
+                PRECISE=PRECISE,
+                PRECISION=PRECISION,
+            )
+            weights = weights + some if FORWARD else some
+        dproduct += shared * weights
+        dx += tl.dot((product * weights).to(dy.dtype), dy, input_precision=PRECISION)
+        if HAS_D:
+            dx += dy.to(tl.float32) * tl.load(D_ptr + head).to(tl.float32)
+            dD = tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], shared, 0.0), 1), 0)
+            tl.store(partial_ptr + 2 * DIRECTIONS * H + number, dD)
+        tl.store(dx_ptr + packed, dx.to(dx_ptr.dtype.element_ty), mask=in_x)
+    dproduct = dproduct.to(B.dtype)
+    dB += tl.dot(dproduct, C, input_precision=PRECISION)
+    dC += tl.trans(tl.dot(tl.trans(B), dproduct, input_precision=PRECISION))
+    split = slot * 0 + (first_head % PER_GROUP) // HEADS
+    key_at = ((split * T + begin) * GROUPS + group) * N
+    key_at += q[:, None] * (GROUPS * N) + n[None, :]
+    tl.store(dB_ptr + key_at, dB.to(dB_ptr.dtype.element_ty), mask=in_keys)
+    tl.store(dC_ptr + key_at, dC.to(dC_ptr.dtype.element_ty), mask=in_keys)
+
+
+class Gradients(NamedTuple):
+    """Of the tensors of `Inputs`."""
+
+    x: Tensor  # (T, H, P)
+    dt: Tensor  # (T, directions * H)
+    B: Tensor  # (T, G, N)
+    C: Tensor  # (T, G, N)
+    of_heads: Tensor  # (2 * directions + 1, H) fp32: of A in each direction, of dt_bias in each, of D
+
+
+def gradients(
+    inputs: Inputs,
+    dy: Tensor,
+    states: tuple[Tensor, Tensor],
+    dstates: tuple[Tensor, Tensor],
+    sizes: Sizes,
+    *,
+    has_first: bool,
+    has_last: bool,
+) -> Gradients:
+    """All chunks.
+
+    Args:
+        dy: (T, H, P) of the outputs before the gate, contiguous.
+        states: (slots, H, P, N) that come into the chunks forward and backward; unused where there is no such scan, and
+            where `sizes.whole`.
+        dstates: likewise the gradients of the states that leave the chunks.
+        has_first: whether a row's first chunk has a state.
+        has_last: whether what leaves a row's last chunk has a gradient.
+    """
+    x, B, rows = inputs.x, inputs.B, inputs.offsets.numel() - 1
+    (T, H, P), (_, G, N) = x.shape, B.shape
+    directions = inputs.forward + inputs.backward
+    splits = H // G // sizes.heads
+    dx = x.new_empty(T, H, P)
+    ddt = torch.empty_like(inputs.dt, memory_format=torch.contiguous_format)
+    dB, dC = (B.new_empty(splits, T, G, N, dtype=B.dtype if splits == 1 else torch.float32) for _ in range(2))
+    slots = rows if sizes.whole else num_slots(T, rows, sizes.chunk)
+    sums = torch.float64 if x.dtype == torch.float32 else torch.float32
+    partial = x.new_empty(slots, 2 * directions + 1, H, dtype=sums)
+    _gradients_kernel[(slots * (H // sizes.heads),)](
+        x,
+        inputs.dt,
+        inputs.A,
+        B,
+        inputs.C,
+        inputs.dt_bias,
+        inputs.D,
+        dy,
+        *states,
+        *dstates,
+        inputs.offsets,
+        dx,
+        ddt,
+        dB,
+        dC,
+        partial,
+        rows,
+        T,
+        x.stride(0),
+        inputs.dt.stride(0),
+        B.stride(0),
+        inputs.C.stride(0),
+        H=H,
+        P=P,
+        N=N,
+        PER_GROUP=H // G,
+        HEADS=sizes.heads,
+        CHUNK=sizes.chunk,
+        BLOCK_HEADS=triton.next_power_of_2(sizes.heads),
+        BLOCK_P=block(P),
+        BLOCK_N=block(N),
+        FORWARD=inputs.forward,
+        BACKWARD=inputs.backward,
+        WHOLE=sizes.whole,
+        HAS_BIAS=inputs.dt_bias is not None,
+        HAS_D=inputs.D is not None,
+        HAS_FIRST=has_first,
+        HAS_LAST=has_last,
+        PRECISE=x.dtype == torch.float32,
+        PRECISION=dot_precision(x.dtype),
+        num_warps=sizes.warps,
+        num_stages=1,
+    )
+    dB, dC = ((t[0] if splits == 1 else t.sum(0).to(B.dtype)) for t in (dB, dC))
+    return Gradients(dx, ddt, dB, dC, partial.sum(0).float())
