@@ -32,7 +32,7 @@ WANTED = (
     ("H4 P32 N32", torch.float32, 1),
     ("H32 P16 N64", torch.bfloat16, 1),
 )
-CHUNKS = {16: (1, 2), 32: (1, 2, 4), 64: (2, 4, 8)}
+CHUNKS = {16: (1, 2), 32: (1, 2, 4)}
 """Warps that are tried for each chunk."""
 
 
@@ -64,8 +64,6 @@ class Trial:
 
 def trials(case: Case) -> Iterator[Trial]:
     for chunk, warps in CHUNKS.items():
-        if {"mean 9": chunk > 32, "mean 47": False}.get(case.rows, chunk < 32):
-            continue
         for number, split in itertools.product(warps, (1, 4) if case.dtype == torch.bfloat16 else (1,)):
             for carry_warps in (2, 4) if number == warps[-1] and split == 1 else (4,):
                 yield Trial(chunk, number, split, carry_warps)

@@ -22,9 +22,44 @@ import triton.language as tl
 from torch import Tensor
 
 from ssd_torchrec.ops.launch import dot_precision
-from ssd_torchrec.ops.ssd_chunk import between, locate, num_slots, reach_of, steps_of
+from ssd_torchrec.ops.ssd_chunk import between, locate, log_decays, num_slots, reach_of, softplus
 from ssd_torchrec.ops.ssd_output import Inputs
 from ssd_torchrec.ops.ssd_sizes import Sizes, block
+
+
+@triton.jit
+def _lay_out_steps(
+    steps_ptr,
+    dt_ptr,
+    A_ptr,
+    dt_bias_ptr,
+    here,
+    dt_stride,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """Steps and reaches of all heads of a program at once, kept for each in turn; raw steps and steps as well."""
+    q = tl.arange(0, CHUNK)[:, None]
+    h = tl.arange(0, BLOCK_HEADS)
+    inside = here[:, None] & (h < HEADS)[None, :]
+    raw = tl.load(dt_ptr + q * dt_stride + h[None, :], mask=inside, other=0.0).to(tl.float32)
+    if HAS_BIAS:
+        raw += tl.load(dt_bias_ptr + h, mask=h < HEADS, other=0.0).to(tl.float32)[None, :]
+    delta = tl.where(inside, softplus(raw, PRECISE), 0.0)
+    A = tl.load(A_ptr + h, mask=h < HEADS, other=0.0).to(tl.float32)
+    high, low, _, _, _ = reach_of(log_decays(delta, A[None, :], PRECISE), REVERSE, PRECISE)
+    kept_at = steps_ptr + h[None, :] * CHUNK + q
+    within = (h < HEADS)[None, :] & (q < CHUNK)
+    tl.store(kept_at, delta, mask=within)
+    tl.store(kept_at + H * CHUNK, high, mask=within)
+    if PRECISE:
+        tl.store(kept_at + 4 * H * CHUNK, low, mask=within)
+    return raw, delta
 
 
 @triton.jit
@@ -37,19 +72,13 @@ def _one_way_gradients(
     dx,
     dB,
     dC,
-    dt_ptr,
-    A_ptr,
-    dt_bias_ptr,
+    steps_ptr,
+    across_ptr,
     state_ptr,
     dstate_ptr,
-    ddt_ptr,
-    dA_ptr,
-    dt_bias_partial_ptr,
     has_state,
     has_dstate,
-    here,
-    dt_stride,
-    DDT_STRIDE: tl.constexpr,
+    H: tl.constexpr,
     P: tl.constexpr,
     N: tl.constexpr,
     CHUNK: tl.constexpr,
@@ -57,59 +86,115 @@ def _one_way_gradients(
     BLOCK_N: tl.constexpr,
     REVERSE: tl.constexpr,
     WHOLE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
     PRECISE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """One head in one direction: adds to dx, dB and dC, stores ddt, and returns the weights w, source by target."""
+    """One head in one direction: adds to dx, dB and dC, returns the weights w, source by target, and leaves sums.
+
+    In place of steps and reaches it leaves, for each event, the gradient of its step but for its decay's, and what
+    spans decays as a target, less as a source, and as one that goes on beyond the chunk.
+    """
     q = tl.arange(0, CHUNK)
-    raw, delta, log_decay = steps_of(dt_ptr, A_ptr, dt_bias_ptr, q, dt_stride, here, HAS_BIAS, PRECISE)
-    high, low, entering, leaving, whole = reach_of(log_decay, REVERSE, PRECISE)
+    delta = tl.load(steps_ptr + q)
+    high = tl.load(steps_ptr + H * CHUNK + q)
+    low = high
+    if PRECISE:
+        low = tl.load(steps_ptr + 4 * H * CHUNK + q)
     kept = q[:, None] >= q[None, :] if REVERSE else q[:, None] <= q[None, :]
     decays = between(high[None, :], low[None, :], high[:, None], low[:, None], kept, PRECISE)
     spans = pairs * decays
     ddelta = tl.sum(spans, 1)
     spans = tl.where(q[:, None] != q[None, :], spans * delta[:, None], 0.0)
-    up_to = tl.sum(spans, 0) - tl.sum(spans, 1)
-    beyond = tl.zeros([CHUNK], tl.float32)
-    across = tl.sum(beyond, 0)
+    as_target = tl.sum(spans, 0)
+    as_source = -tl.sum(spans, 1)
     if not WHOLE:
+        beyond = tl.zeros([CHUNK], tl.float32)
+        across = 0.0
         if has_state | has_dstate:
+            last: tl.constexpr = 0 if REVERSE else CHUNK - 1
+            total = tl.load(steps_ptr + H * CHUNK + last)
+            total_low = total
+            if PRECISE:
+                total_low = tl.load(steps_ptr + 4 * H * CHUNK + last)
+            entering = tl.exp2(tl.minimum(high, 0.0))
+            leaving = between(total, total_low, high, low, True, PRECISE)
             n = tl.arange(0, BLOCK_N)[None, :]
             p = tl.arange(0, BLOCK_P)[:, None]
             in_state = (n < N) & (p < P)
             state = tl.load(state_ptr + p * N + n, mask=in_state & has_state, other=0.0)  # (P, N)
             dstate = tl.load(dstate_ptr + p * N + n, mask=in_state & has_dstate, other=0.0)
-            arriving = (dy * entering[:, None]).to(dy.dtype)
-            dC_state = tl.dot(arriving, state, input_precision=PRECISION)  # (Q, N)
-            dC += dC_state
-            up_to += tl.sum(dC_state * C, 1)
+            dy_state = tl.dot(dy, state, input_precision=PRECISION)  # (Q, N)
+            dC += dy_state * entering[:, None]
+            as_source += tl.sum(dy_state * C, 1) * entering
             x_dstate = tl.dot(x, dstate, input_precision=PRECISION)  # (Q, N)
             part = tl.sum(x_dstate * B, 1) * leaving
             ddelta += part
-            beyond += part * delta
+            beyond = part * delta
             departing = delta * leaving
             dB += x_dstate * departing[:, None]
             dx += tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * departing[:, None]
-            across += whole * tl.sum(tl.sum(state.to(tl.float32) * dstate.to(tl.float32), 1), 0)
+            products = tl.dot(state, tl.trans(dstate), input_precision=PRECISION)  # (P, P), of which its diagonal
+            products = tl.where(p == tl.arange(0, BLOCK_P)[None, :], products, 0.0)
+            across = tl.exp2(total) * tl.sum(tl.sum(products, 1), 0)
+        tl.store(steps_ptr + 3 * H * CHUNK + q, beyond)
+        tl.store(across_ptr, across)
+    weights = decays * delta[:, None]
+    tl.store(steps_ptr + q, ddelta)
+    tl.store(steps_ptr + H * CHUNK + q, as_target)
+    tl.store(steps_ptr + 2 * H * CHUNK + q, as_source)
+    return weights, dx, dB, dC
+
+
+@triton.jit
+def _gather_sums(
+    raw,
+    delta,
+    steps_ptr,
+    across_ptr,
+    A_ptr,
+    ddt_ptr,
+    dA_ptr,
+    dt_bias_partial_ptr,
+    here,
+    H: tl.constexpr,
+    HEADS: tl.constexpr,
+    BLOCK_HEADS: tl.constexpr,
+    CHUNK: tl.constexpr,
+    DDT_STRIDE: tl.constexpr,
+    REVERSE: tl.constexpr,
+    WHOLE: tl.constexpr,
+    PRECISE: tl.constexpr,
+):
+    """Of all heads of a program at once: gradients of raw steps, and this chunk's part of those of A and dt_bias."""
+    q = tl.arange(0, CHUNK)[:, None]
+    h = tl.arange(0, BLOCK_HEADS)
+    left_at = steps_ptr + h[None, :] * CHUNK + q
+    within = (h < HEADS)[None, :] & (q < CHUNK)
+    ddelta = tl.load(left_at, mask=within, other=0.0)
+    up_to = tl.load(left_at + H * CHUNK, mask=within, other=0.0)
+    up_to += tl.load(left_at + 2 * H * CHUNK, mask=within, other=0.0)
     if PRECISE:
-        up_to_wide = up_to.to(tl.float64)
-        beyond_wide = beyond.to(tl.float64)
-    else:
-        up_to_wide = up_to
-        beyond_wide = beyond
-    if REVERSE:
-        dlog_decay = tl.sum(beyond_wide, 0) + tl.cumsum(up_to_wide - beyond_wide, 0)
-    else:
-        turned = beyond_wide - up_to_wide
-        dlog_decay = tl.sum(up_to_wide, 0) + tl.cumsum(turned, 0) - turned
-    dlog_decay += across
-    ddelta += dlog_decay.to(tl.float32) * tl.load(A_ptr).to(tl.float32)
-    ddt = tl.where(here, ddelta * tl.sigmoid(raw), 0.0)
-    tl.store(ddt_ptr + q * DDT_STRIDE, ddt.to(ddt_ptr.dtype.element_ty), mask=here)
-    tl.store(dA_ptr, tl.sum(dlog_decay * delta, 0))
-    tl.store(dt_bias_partial_ptr, tl.sum(ddt.to(dt_bias_partial_ptr.dtype.element_ty), 0))
-    return decays * delta[:, None], dx, dB, dC
+        up_to = up_to.to(tl.float64)
+    dlog_decay = tl.cumsum(up_to, 0)
+    if not REVERSE:
+        dlog_decay = tl.sum(up_to, 0)[None, :] - dlog_decay + up_to
+    if not WHOLE:
+        beyond = tl.load(left_at + 3 * H * CHUNK, mask=within, other=0.0)
+        if PRECISE:
+            beyond = beyond.to(tl.float64)
+        before = tl.cumsum(beyond, 0)
+        if REVERSE:
+            dlog_decay += tl.sum(beyond, 0)[None, :] - before
+        else:
+            dlog_decay += before - beyond
+        dlog_decay += tl.load(across_ptr + h, mask=h < HEADS, other=0.0)[None, :]
+    A = tl.load(A_ptr + h, mask=h < HEADS, other=0.0).to(tl.float32)
+    ddelta += dlog_decay.to(tl.float32) * A[None, :]
+    ddt = tl.where(here[:, None], ddelta * tl.sigmoid(raw), 0.0)
+    tl.store(ddt_ptr + q * DDT_STRIDE + h[None, :], ddt.to(ddt_ptr.dtype.element_ty), mask=within & here[:, None])
+    tl.store(dA_ptr + h, tl.sum(dlog_decay * delta, 0), mask=h < HEADS)
+    of_bias = tl.sum(ddt.to(dt_bias_partial_ptr.dtype.element_ty), 0)
+    tl.store(dt_bias_partial_ptr + h, of_bias, mask=h < HEADS)
 
 
 @triton.jit(do_not_specialize=["rows", "T"])
@@ -132,6 +217,8 @@ def _gradients_kernel(
     dB_ptr,
     dC_ptr,
     partial_ptr,
+    steps_ptr,
+    across_ptr,
     rows,
     T,
     x_stride,
@@ -199,6 +286,49 @@ def _gradients_kernel(
     dy_ptr += begin * (H * P)
     dx_ptr += begin * (H * P)
     ddt_ptr += begin * (DIRECTIONS * H)
+    KINDS: tl.constexpr = 4 + PRECISE
+    steps_ptr += (slot * (DIRECTIONS * KINDS * H) + first_head) * CHUNK
+    across_ptr += slot * (DIRECTIONS * H) + first_head
+    dt_ptr += first_head
+    ddt_ptr += first_head
+    A_ptr += first_head
+    if HAS_BIAS:
+        dt_bias_ptr += first_head
+    if FORWARD:
+        raw, delta = _lay_out_steps(
+            steps_ptr,
+            dt_ptr,
+            A_ptr,
+            dt_bias_ptr,
+            here,
+            dt_stride,
+            H=H,
+            HEADS=HEADS,
+            BLOCK_HEADS=BLOCK_HEADS,
+            CHUNK=CHUNK,
+            REVERSE=False,
+            HAS_BIAS=HAS_BIAS,
+            PRECISE=PRECISE,
+        )
+    if BACKWARD:
+        back: tl.constexpr = FORWARD * H
+        back_steps_ptr = steps_ptr + back * (KINDS * CHUNK)
+        back_raw, back_delta = _lay_out_steps(
+            back_steps_ptr,
+            dt_ptr + back,
+            A_ptr + back,
+            dt_bias_ptr + back if HAS_BIAS else None,
+            here,
+            dt_stride,
+            H=H,
+            HEADS=HEADS,
+            BLOCK_HEADS=BLOCK_HEADS,
+            CHUNK=CHUNK,
+            REVERSE=True,
+            HAS_BIAS=HAS_BIAS,
+            PRECISE=PRECISE,
+        )
+    tl.debug_barrier()  # each head reads what other threads have stored
     for number in range(0, HEADS):
         head = first_head + number
         state_at = (slot * H + head) * (P * N)
@@ -218,19 +348,13 @@ def _gradients_kernel(
                 dx,
                 dB,
                 dC,
-                dt_ptr + head,
-                A_ptr + head,
-                dt_bias_ptr + head if HAS_BIAS else None,
+                steps_ptr + number * CHUNK,
+                across_ptr + number,
                 forward_ptr + state_at,
                 dforward_ptr + state_at,
-                ddt_ptr + head,
-                partial_ptr + number,
-                partial_ptr + DIRECTIONS * H + number,
                 has_before | HAS_FIRST,
                 has_after | HAS_LAST,
-                here,
-                dt_stride,
-                DDT_STRIDE=DIRECTIONS * H,
+                H=H,
                 P=P,
                 N=N,
                 CHUNK=CHUNK,
@@ -238,12 +362,10 @@ def _gradients_kernel(
                 BLOCK_N=BLOCK_N,
                 REVERSE=False,
                 WHOLE=WHOLE,
-                HAS_BIAS=HAS_BIAS,
                 PRECISE=PRECISE,
                 PRECISION=PRECISION,
             )
         if BACKWARD:
-            of_head = head + FORWARD * H
             some, dx, dB, dC = _one_way_gradients(
                 x,
                 dy,
@@ -253,19 +375,13 @@ def _gradients_kernel(
                 dx,
                 dB,
                 dC,
-                dt_ptr + of_head,
-                A_ptr + of_head,
-                dt_bias_ptr + of_head if HAS_BIAS else None,
+                back_steps_ptr + number * CHUNK,
+                across_ptr + back + number,
                 backward_ptr + state_at,
                 dbackward_ptr + state_at,
-                ddt_ptr + of_head,
-                partial_ptr + FORWARD * H + number,
-                partial_ptr + (DIRECTIONS + FORWARD) * H + number,
                 has_after | HAS_FIRST,
                 has_before | HAS_LAST,
-                here,
-                dt_stride,
-                DDT_STRIDE=DIRECTIONS * H,
+                H=H,
                 P=P,
                 N=N,
                 CHUNK=CHUNK,
@@ -273,7 +389,6 @@ def _gradients_kernel(
                 BLOCK_N=BLOCK_N,
                 REVERSE=True,
                 WHOLE=WHOLE,
-                HAS_BIAS=HAS_BIAS,
                 PRECISE=PRECISE,
                 PRECISION=PRECISION,
             )
@@ -285,6 +400,47 @@ def _gradients_kernel(
             dD = tl.sum(tl.sum(tl.where(q[:, None] == q[None, :], shared, 0.0), 1), 0)
             tl.store(partial_ptr + 2 * DIRECTIONS * H + number, dD)
         tl.store(dx_ptr + packed, dx.to(dx_ptr.dtype.element_ty), mask=in_x)
+    tl.debug_barrier()
+    if FORWARD:
+        _gather_sums(
+            raw,
+            delta,
+            steps_ptr,
+            across_ptr,
+            A_ptr,
+            ddt_ptr,
+            partial_ptr,
+            partial_ptr + DIRECTIONS * H,
+            here,
+            H=H,
+            HEADS=HEADS,
+            BLOCK_HEADS=BLOCK_HEADS,
+            CHUNK=CHUNK,
+            DDT_STRIDE=DIRECTIONS * H,
+            REVERSE=False,
+            WHOLE=WHOLE,
+            PRECISE=PRECISE,
+        )
+    if BACKWARD:
+        _gather_sums(
+            back_raw,
+            back_delta,
+            back_steps_ptr,
+            across_ptr + back,
+            A_ptr + back,
+            ddt_ptr + back,
+            partial_ptr + back,
+            partial_ptr + DIRECTIONS * H + back,
+            here,
+            H=H,
+            HEADS=HEADS,
+            BLOCK_HEADS=BLOCK_HEADS,
+            CHUNK=CHUNK,
+            DDT_STRIDE=DIRECTIONS * H,
+            REVERSE=True,
+            WHOLE=WHOLE,
+            PRECISE=PRECISE,
+        )
     dproduct = dproduct.to(B.dtype)
     dB += tl.dot(dproduct, C, input_precision=PRECISION)
     dC += tl.trans(tl.dot(tl.trans(B), dproduct, input_precision=PRECISION))
@@ -335,6 +491,9 @@ def gradients(
     slots = rows if sizes.whole else num_slots(T, rows, sizes.chunk)
     sums = torch.float64 if x.dtype == torch.float32 else torch.float32
     partial = x.new_empty(slots, 2 * directions + 1, H, dtype=sums)
+    precise = x.dtype == torch.float32
+    steps = x.new_empty(slots, directions, 4 + precise, H, sizes.chunk, dtype=torch.float32)
+    across = x.new_empty(slots, directions, H, dtype=torch.float32)
     _gradients_kernel[(slots * (H // sizes.heads),)](
         x,
         inputs.dt,
@@ -352,6 +511,8 @@ def gradients(
         dB,
         dC,
         partial,
+        steps,
+        across,
         rows,
         T,
         x.stride(0),
@@ -374,7 +535,7 @@ def gradients(
         HAS_D=inputs.D is not None,
         HAS_FIRST=has_first,
         HAS_LAST=has_last,
-        PRECISE=x.dtype == torch.float32,
+        PRECISE=precise,
         PRECISION=dot_precision(x.dtype),
         num_warps=sizes.warps,
         num_stages=1,

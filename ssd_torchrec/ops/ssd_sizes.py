@@ -16,7 +16,8 @@ LONG = 1024
 """Rows above this many events go in pieces."""
 
 PROGRAMS = 1024
-"""Programs that fill a GPU: where chunks are fewer, the heads of a group are split over several."""
+"""Programs that fill a GPU: where chunks are fewer, the heads of a group are split over several, and where rows are,
+their chunks go side by side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +29,9 @@ class Sizes:
 
     whole: bool
     """Whether each row is one chunk and none has a state: then a program is a row."""
+
+    serial: bool
+    """Whether a row's chunks go one after the other, in one direction, its state in registers."""
 
     piece: int
     """Events of a piece, a multiple of `chunk`; 0 where rows go whole."""
@@ -76,16 +80,24 @@ class Problem:
     has_states: bool
     """Whether rows have states before or after them."""
 
+    directions: int = 1
+    """1 or 2."""
+
 
 def block(size: int) -> int:
     """The tile that holds `size` numbers: tensor cores take powers of two from 16 on."""
     return max(16, triton.next_power_of_2(size))
 
 
-def chunk_of(problem: Problem) -> int:
-    """Events of a chunk."""
+def chunk_of(problem: Problem, *, backward: bool) -> int:
+    """Events of a chunk.
+
+    Chunks of 32 take fewer states than chunks of 16 and multiply more zeros. Gradients of 32, and in fp32 all of 32,
+    leave too little room in the registers: of those, 32 are worth it only where they spare a row its states.
+    """
     mean = problem.num_events / problem.num_rows
-    return 16 if problem.longest <= 16 or mean <= 12 else 32
+    narrow = backward or problem.dtype == torch.float32
+    return 16 if problem.longest <= 16 or mean <= 12 or (narrow and problem.longest > 32) else 32
 
 
 def sizes_of(problem: Problem, *, backward: bool, chunk: int = 0, piece: int = 0) -> Sizes:
@@ -95,18 +107,17 @@ def sizes_of(problem: Problem, *, backward: bool, chunk: int = 0, piece: int = 0
         chunk: events of a chunk, 0 to choose.
         piece: events of a piece, 0 to choose.
     """
-    chunk = chunk or chunk_of(problem)
+    chunk = chunk or chunk_of(problem, backward=backward)
     piece = piece or (PIECE if problem.longest > LONG else 0)
     whole = problem.longest <= chunk and not problem.has_states
     per_group = problem.heads // problem.groups
     channels, state = block(problem.channels), block(problem.state)
     carry_heads = 1
-    while (
-        per_group % (2 * carry_heads) == 0
-        and 2 * carry_heads * channels <= 128
-        and 2 * carry_heads * channels * state <= 4096
-    ):
+    while per_group % (2 * carry_heads) == 0 and carry_heads * channels < 64 and carry_heads * channels * state < 4096:
         carry_heads *= 2
+    # a head of a row alone reads all of B and C again
+    serial = not backward and not whole and not piece and problem.directions == 1 and state <= 2 * channels
+    roomy = chunk == 32 if backward else problem.dtype == torch.float32
     slots = problem.num_rows if whole else problem.num_events // chunk + problem.num_rows
     heads = per_group
     while slots * (problem.heads // heads) < PROGRAMS and heads % 2 == 0:
@@ -114,9 +125,10 @@ def sizes_of(problem: Problem, *, backward: bool, chunk: int = 0, piece: int = 0
     return Sizes(
         chunk=chunk,
         whole=whole,
+        serial=serial and problem.num_rows * problem.heads >= PROGRAMS,
         piece=piece,
         heads=heads,
-        warps=2 if backward and chunk == 32 else 1,
+        warps=min(8, max(1, channels * state // 1024) * (2 if roomy else 1)),
         carry_heads=carry_heads,
-        carry_warps=2,
+        carry_warps=min(8, max(2, carry_heads * channels * state // 2048)),
     )

@@ -1,11 +1,12 @@
 """The state-space scan on Triton kernels: which of them run, the operators, and the gradient.
 
-    rows of one chunk, without states          outputs                              gradients
-    other rows                                 carry, outputs                       carry, carry, gradients
-    long rows                                  carry in pieces, side by side: both ways
+    rows of one chunk, without states      outputs                          gradients
+    many rows, in one direction            serial: state and outputs        carry, carry, gradients
+    few rows, or both directions           carry, outputs                   likewise
+    long rows                              carry in pieces, outputs         carry in pieces, twice, gradients
 
-Backwards, states are carried anew rather than kept: they would be as large as the events. `ssd_carry.py`,
-`ssd_output.py` and `ssd_gradients.py` hold the kernels.
+Backwards, states are carried anew rather than kept: they would be as large as the events. `ssd_serial.py`,
+`ssd_carry.py`, `ssd_output.py` and `ssd_gradients.py` hold the kernels.
 
 Shapes: B rows, T events in all, H heads, P channels of a head, N state per channel, G groups.
 """
@@ -24,6 +25,7 @@ from ssd_torchrec.ops.registry import refuse_double_backward, register
 from ssd_torchrec.ops.ssd_carry import Scan, carry
 from ssd_torchrec.ops.ssd_gradients import gradients
 from ssd_torchrec.ops.ssd_output import Inputs, outputs
+from ssd_torchrec.ops.ssd_serial import serial_outputs
 from ssd_torchrec.ops.ssd_sizes import Problem, block, sizes_of
 
 LARGEST_STATE = 128 * 128
@@ -42,6 +44,7 @@ def _problem(inputs: Inputs, longest: int, has_states: bool) -> Problem:
         channels=P,
         state=N,
         has_states=has_states,
+        directions=inputs.forward + inputs.backward,
     )
 
 
@@ -93,6 +96,8 @@ def _launch_forward(
     sizes = sizes_of(problem, backward=False, chunk=chunk, piece=piece)
     states, final = [x, x], x.new_empty(0, H, P, N, dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current device
+        if sizes.serial:
+            return serial_outputs(inputs, z, initial, sizes, keep_last=keep_final, keep_ungated=keep_ungated)
         for way, scan in enumerate(_scans(inputs)):
             if scan is not None and not sizes.whole:
                 states[way], last = carry(scan, x, B, sizes, first=initial, keep_last=keep_final)

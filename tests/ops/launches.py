@@ -184,8 +184,7 @@ LAUNCHES: dict[str, list[Launch]] = {
     ],
     "selective_scan": [
         selective_scan(BF16, 128, 16, "short"),
-        selective_scan(BF16, 128, 16, "long", "z", "states", "reverse"),
-        selective_scan(FP32, 512, 32, "short", "z"),
+        selective_scan(FP32, 512, 32, "long", "z", "states", "reverse"),
     ],
     "ssd_scan": [
         *(ssd_scan(BF16, 4, 32, 32, rows) for rows in ROWS),
@@ -214,9 +213,8 @@ RARE: dict[str, list[Launch]] = {
     ],
     "selective_scan_rare": [
         *(selective_scan(dtype, 128, 16, "long") for dtype in (BF16, FP32)),
-        selective_scan(FP32, 128, 16, "long", "z", "states", "reverse"),
-        selective_scan(BF16, 512, 32, "short", "z"),
-        *(selective_scan(dtype, 512, 32, "long", "z", "states") for dtype in (BF16, FP32)),
+        *(selective_scan(dtype, 512, 32, "short", "z") for dtype in (BF16, FP32)),
+        selective_scan(BF16, 512, 32, "long", "z", "states"),
         *(selective_scan(dtype, 20, 5, "short", "bare") for dtype in (BF16, FP32)),
         selective_scan(FP16, 128, 16, "short"),
     ],

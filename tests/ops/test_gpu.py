@@ -30,7 +30,12 @@ MANY_PROCESSES = importlib.util.find_spec("xdist") is not None
 one_at_a_time = pytest.mark.xdist_group("large") if MANY_PROCESSES else lambda test: test  # each takes much memory
 
 LENGTHS = {"mean-9": (5, 4), "mean-47": (5, 43), "mean-165": (20, 400)}  # shortest row, scale beyond it; 200 at most
-SIZES = {"narrow": (4, 32, 32), "wide": (32, 16, 64)}  # heads, channels, state
+SIZES = {
+    "narrow": (4, 32, 32),
+    "wide": (32, 16, 64),
+    "large": (4, 64, 64),
+    "largest": (2, 64, 128),
+}  # heads, channels, state
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 BF16 = {
     **dict.fromkeys(["y", "x", "B", "C", "z", "queries", "candidates"], 1.1e-2),

@@ -25,7 +25,7 @@ from tests.ops.scans import bidirectional_inputs, bidirectional_results, call
 ROWS = {
     "one-row": [5],
     "rows-of-one-chunk": [16, 0, 1],
-    "many-chunks": [35, 0, 1],
+    "many-chunks": [33, 0, 2],
     "only-empty-rows": [0, 0],
     "no-rows": [],
 }
@@ -33,8 +33,8 @@ HEADS = 16  # enough values of a head's parameter for a root mean square to mean
 EVENTS = ("x", "dt", "B", "C", "z")
 KERNELS = partial(ssd_scan_bidirectional_triton, chunk=16)
 PATHS = {"chunked": ssd_scan_bidirectional_chunked, "kernels": KERNELS}
-few = settings(max_examples=6, derandomize=True, deadline=None)
-row_lengths = st.lists(st.integers(0, 40), min_size=1, max_size=3)
+few = settings(max_examples=4, derandomize=True, deadline=None)
+row_lengths = st.lists(st.integers(0, 16), min_size=1, max_size=2)
 
 
 def on(device: torch.device, tensors: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -126,24 +126,24 @@ def test_derivative_is_the_derivative(scan, lengths):
     assert torch.autograd.gradcheck(named, tuple(t.requires_grad_() for t in tensors.values()))
 
 
+@pytest.mark.parametrize(("longest", "piece"), [(16, 0), (17, 0), (17, 16)], ids=["one-chunk", "chunks", "pieces"])
 @few
-@given(lengths=row_lengths, more=row_lengths, piece=st.sampled_from([0, 16]))
-def test_a_row_does_not_know_its_batch(lengths, more, piece):
-    """Bit for bit, in values and in the gradients of events."""
-    tensors = {n: t.float() for n, t in bidirectional_inputs([*lengths, *more], heads=2).items()}
+@given(lengths=row_lengths, more=row_lengths)
+def test_a_row_does_not_know_its_batch(longest, piece, lengths, more):
+    """Bit for bit, in values and in the gradients of events, as long as both batches take the same path."""
+    lengths, more = [longest, *lengths], [min(length, longest) for length in more]
+    tensors = {n: t.float() for n, t in bidirectional_inputs([*lengths, *more], heads=1).items()}
     alone = {n: t[: sum(lengths)] if n in EVENTS else t for n, t in tensors.items()}
     got = bidirectional_results(KERNELS, tensors, JaggedLayout.from_lengths([*lengths, *more]), piece=piece)
     expected = bidirectional_results(KERNELS, alone, JaggedLayout.from_lengths(lengths), piece=piece)
     for name in ("y", *(f"d{n}" for n in EVENTS)):
-        if max(lengths) <= 16 < max(more):  # alone, rows of one chunk take a way of their own
-            torch.testing.assert_close(got[name][: sum(lengths)], expected[name])
-        else:
-            assert torch.equal(got[name][: sum(lengths)], expected[name]), name
+        assert torch.equal(got[name][: sum(lengths)], expected[name]), name
 
 
 @few
 @given(lengths=row_lengths)
 def test_turned_rows_with_swapped_directions_give_turned_outputs(lengths):
+    lengths = [20, *lengths]
     layout = JaggedLayout.from_lengths(lengths)
     tensors = {n: t.float() for n, t in bidirectional_inputs(lengths, heads=2).items()}
     row = layout.row_of_event
