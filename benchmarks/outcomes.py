@@ -44,12 +44,18 @@ class _Writer:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self._outcomes: dict[str, str] = {}
+        self._reasons: dict[str, str] = {}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         name = _name(report.nodeid)
         if self._outcomes.get(name) not in ("failed", "skipped"):
             self._outcomes[name] = report.outcome
+        if report.outcome == "failed":
+            said = [line[1:].strip() for line in report.longreprtext.splitlines() if line.startswith("E ")]
+            self._reasons[name] = "; ".join(said[:3])[:400]
         if report.when == "teardown":
             row = {"test": name, "outcome": self._outcomes.pop(name)}
+            if name in self._reasons:
+                row["because"] = self._reasons.pop(name)
             with self.path.open("a") as file:
                 file.write(json.dumps(row) + "\n")

@@ -56,9 +56,10 @@ def _lay_out_steps(
     kept_at = steps_ptr + h[None, :] * CHUNK + q
     within = (h < HEADS)[None, :] & (q < CHUNK)
     tl.store(kept_at, delta, mask=within)
-    tl.store(kept_at + H * CHUNK, high, mask=within)
     if PRECISE:
-        tl.store(kept_at + 4 * H * CHUNK, low, mask=within)
+        tl.store(kept_at + H * CHUNK, high.to(tl.float64) + low, mask=within)
+    else:
+        tl.store(kept_at + H * CHUNK, high, mask=within)
     return raw, delta
 
 
@@ -95,16 +96,17 @@ def _one_way_gradients(
     spans decays as a target, less as a source, and as one that goes on beyond the chunk.
     """
     q = tl.arange(0, CHUNK)
-    delta = tl.load(steps_ptr + q)
-    high = tl.load(steps_ptr + H * CHUNK + q)
-    low = high
-    if PRECISE:
-        low = tl.load(steps_ptr + 4 * H * CHUNK + q)
+    delta = tl.load(steps_ptr + q).to(tl.float32)
+    reach = tl.load(steps_ptr + H * CHUNK + q)
+    high = reach.to(tl.float32)
+    low = (reach - high).to(tl.float32)
     kept = q[:, None] >= q[None, :] if REVERSE else q[:, None] <= q[None, :]
     decays = between(high[None, :], low[None, :], high[:, None], low[:, None], kept, PRECISE)
     spans = pairs * decays
     ddelta = tl.sum(spans, 1)
     spans = tl.where(q[:, None] != q[None, :], spans * delta[:, None], 0.0)
+    if PRECISE:
+        spans = spans.to(tl.float64)  # the two sums below meet as a difference
     as_target = tl.sum(spans, 0)
     as_source = -tl.sum(spans, 1)
     if not WHOLE:
@@ -113,11 +115,8 @@ def _one_way_gradients(
         if has_state | has_dstate:
             last: tl.constexpr = 0 if REVERSE else CHUNK - 1
             total = tl.load(steps_ptr + H * CHUNK + last)
-            total_low = total
-            if PRECISE:
-                total_low = tl.load(steps_ptr + 4 * H * CHUNK + last)
             entering = tl.exp2(tl.minimum(high, 0.0))
-            leaving = between(total, total_low, high, low, True, PRECISE)
+            leaving = tl.exp2(tl.minimum((total - reach).to(tl.float32), 0.0))
             n = tl.arange(0, BLOCK_N)[None, :]
             p = tl.arange(0, BLOCK_P)[:, None]
             in_state = (n < N) & (p < P)
@@ -135,7 +134,7 @@ def _one_way_gradients(
             dx += tl.dot(B, tl.trans(dstate), input_precision=PRECISION) * departing[:, None]
             products = tl.dot(state, tl.trans(dstate), input_precision=PRECISION)  # (P, P), of which its diagonal
             products = tl.where(p == tl.arange(0, BLOCK_P)[None, :], products, 0.0)
-            across = tl.exp2(total) * tl.sum(tl.sum(products, 1), 0)
+            across = tl.exp2(total.to(tl.float32)) * tl.sum(tl.sum(products, 1), 0)
         tl.store(steps_ptr + 3 * H * CHUNK + q, beyond)
         tl.store(across_ptr, across)
     weights = decays * delta[:, None]
@@ -170,18 +169,14 @@ def _gather_sums(
     h = tl.arange(0, BLOCK_HEADS)
     left_at = steps_ptr + h[None, :] * CHUNK + q
     within = (h < HEADS)[None, :] & (q < CHUNK)
-    ddelta = tl.load(left_at, mask=within, other=0.0)
+    ddelta = tl.load(left_at, mask=within, other=0.0).to(tl.float32)
     up_to = tl.load(left_at + H * CHUNK, mask=within, other=0.0)
     up_to += tl.load(left_at + 2 * H * CHUNK, mask=within, other=0.0)
-    if PRECISE:
-        up_to = up_to.to(tl.float64)
     dlog_decay = tl.cumsum(up_to, 0)
     if not REVERSE:
         dlog_decay = tl.sum(up_to, 0)[None, :] - dlog_decay + up_to
     if not WHOLE:
         beyond = tl.load(left_at + 3 * H * CHUNK, mask=within, other=0.0)
-        if PRECISE:
-            beyond = beyond.to(tl.float64)
         before = tl.cumsum(beyond, 0)
         if REVERSE:
             dlog_decay += tl.sum(beyond, 0)[None, :] - before
@@ -286,8 +281,7 @@ def _gradients_kernel(
     dy_ptr += begin * (H * P)
     dx_ptr += begin * (H * P)
     ddt_ptr += begin * (DIRECTIONS * H)
-    KINDS: tl.constexpr = 4 + PRECISE
-    steps_ptr += (slot * (DIRECTIONS * KINDS * H) + first_head) * CHUNK
+    steps_ptr += (slot * (DIRECTIONS * 4 * H) + first_head) * CHUNK
     across_ptr += slot * (DIRECTIONS * H) + first_head
     dt_ptr += first_head
     ddt_ptr += first_head
@@ -312,7 +306,7 @@ def _gradients_kernel(
         )
     if BACKWARD:
         back: tl.constexpr = FORWARD * H
-        back_steps_ptr = steps_ptr + back * (KINDS * CHUNK)
+        back_steps_ptr = steps_ptr + back * (4 * CHUNK)
         back_raw, back_delta = _lay_out_steps(
             back_steps_ptr,
             dt_ptr + back,
@@ -492,7 +486,7 @@ def gradients(
     sums = torch.float64 if x.dtype == torch.float32 else torch.float32
     partial = x.new_empty(slots, 2 * directions + 1, H, dtype=sums)
     precise = x.dtype == torch.float32
-    steps = x.new_empty(slots, directions, 4 + precise, H, sizes.chunk, dtype=torch.float32)
+    steps = x.new_empty(slots, directions, 4, H, sizes.chunk, dtype=sums)
     across = x.new_empty(slots, directions, H, dtype=torch.float32)
     _gradients_kernel[(slots * (H // sizes.heads),)](
         x,

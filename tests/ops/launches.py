@@ -23,6 +23,7 @@ ROWS = {
     "short": [31] * 1025,
     "few": [31] * 3,
     "middling": [41] * 513,
+    "some": [41] * 65,
     "long": [4001, 0, 6],
 }
 """Row lengths, one for each path of the scans. Event counts are odd: Triton compiles multiples of 16, and 1, apart."""
