@@ -1,21 +1,26 @@
 """What all kernel launches share: which tensors kernels take, and how those are handed over."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 
 from ssd_torchrec.errors import DtypeError
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-INTERPRETED: bool = triton.knobs.runtime.interpret
+INTERPRETED: bool = knobs.runtime.interpret
 """Whether kernels run in Triton's interpreter, on the CPU: decided when they are imported."""
 
 
 def architecture() -> int:
     """Compute capability of the current GPU; in the interpreter 90, Hopper, which it stands in for."""
-    return 90 if INTERPRETED else int(triton.runtime.driver.active.get_current_target().arch)
+    if INTERPRETED:
+        return 90
+    target: Any = triton.runtime.driver.active.get_current_target()
+    return int(target.arch)
 
 
 def dot_precision(dtype: torch.dtype) -> str:

@@ -14,7 +14,10 @@ matrices stand source by target: no product of the tensor cores is turned before
 Shapes: B rows, T events in all, H heads, P channels of a head, N state per channel, G groups. S and R are (H, P, N).
 """
 
-from typing import NamedTuple
+# Checkers read a kernel as Python: loads return nothing, ranges of the compiler are no iterators.
+# pyright: reportGeneralTypeIssues=false
+
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -488,6 +491,28 @@ def gradients(
     precise = x.dtype == torch.float32
     steps = x.new_empty(slots, directions, 4, H, sizes.chunk, dtype=sums)
     across = x.new_empty(slots, directions, H, dtype=torch.float32)
+    constants: dict[str, Any] = {
+        "H": H,
+        "P": P,
+        "N": N,
+        "PER_GROUP": H // G,
+        "HEADS": sizes.heads,
+        "CHUNK": sizes.chunk,
+        "BLOCK_HEADS": triton.next_power_of_2(sizes.heads),
+        "BLOCK_P": block(P),
+        "BLOCK_N": block(N),
+        "FORWARD": inputs.forward,
+        "BACKWARD": inputs.backward,
+        "WHOLE": sizes.whole,
+        "HAS_BIAS": inputs.dt_bias is not None,
+        "HAS_D": inputs.D is not None,
+        "HAS_FIRST": has_first,
+        "HAS_LAST": has_last,
+        "PRECISE": precise,
+        "PRECISION": dot_precision(x.dtype),
+        "num_warps": sizes.warps,
+        "num_stages": 2,  # the next head's events are under way
+    }
     _gradients_kernel[(slots * (H // sizes.heads),)](
         x,
         inputs.dt,
@@ -513,26 +538,7 @@ def gradients(
         inputs.dt.stride(0),
         B.stride(0),
         inputs.C.stride(0),
-        H=H,
-        P=P,
-        N=N,
-        PER_GROUP=H // G,
-        HEADS=sizes.heads,
-        CHUNK=sizes.chunk,
-        BLOCK_HEADS=triton.next_power_of_2(sizes.heads),
-        BLOCK_P=block(P),
-        BLOCK_N=block(N),
-        FORWARD=inputs.forward,
-        BACKWARD=inputs.backward,
-        WHOLE=sizes.whole,
-        HAS_BIAS=inputs.dt_bias is not None,
-        HAS_D=inputs.D is not None,
-        HAS_FIRST=has_first,
-        HAS_LAST=has_last,
-        PRECISE=precise,
-        PRECISION=dot_precision(x.dtype),
-        num_warps=sizes.warps,
-        num_stages=1,
+        **constants,
     )
     dB, dC = ((t[0] if splits == 1 else t.sum(0).to(B.dtype)) for t in (dB, dC))
     return Gradients(dx, ddt, dB, dC, partial.sum(0).float())

@@ -10,6 +10,8 @@ Shapes: B rows, T events in all, H heads, P channels of a head, N state per chan
 Source: Dao & Gu 2024, arXiv:2405.21060, section 6, with chunks that never span two rows.
 """
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -138,6 +140,26 @@ def serial_outputs(
     (T, H, P), (_, G, N) = x.shape, B.shape
     y, ungated = x.new_empty(T, H, P), x.new_empty(T if keep_ungated else 0, H, P)
     last = x.new_empty(rows if keep_last else 0, H, P, N, dtype=torch.float32)
+    constants: dict[str, Any] = {
+        "H": H,
+        "P": P,
+        "N": N,
+        "PER_GROUP": H // G,
+        "CHUNK": sizes.chunk,
+        "BLOCK_P": block(P),
+        "BLOCK_N": block(N),
+        "REVERSE": inputs.backward,
+        "HAS_BIAS": inputs.dt_bias is not None,
+        "HAS_D": inputs.D is not None,
+        "HAS_Z": z is not None,
+        "HAS_FIRST": first is not None,
+        "HAS_LAST": keep_last,
+        "KEEP_UNGATED": keep_ungated,
+        "PRECISE": x.dtype == torch.float32,
+        "PRECISION": dot_precision(x.dtype),
+        "num_warps": sizes.warps,
+        "num_stages": 1,
+    }
     _serial_kernel[(rows * H,)](
         x,
         inputs.dt,
@@ -157,23 +179,6 @@ def serial_outputs(
         B.stride(0),
         inputs.C.stride(0),
         0 if z is None else z.stride(0),
-        H=H,
-        P=P,
-        N=N,
-        PER_GROUP=H // G,
-        CHUNK=sizes.chunk,
-        BLOCK_P=block(P),
-        BLOCK_N=block(N),
-        REVERSE=inputs.backward,
-        HAS_BIAS=inputs.dt_bias is not None,
-        HAS_D=inputs.D is not None,
-        HAS_Z=z is not None,
-        HAS_FIRST=first is not None,
-        HAS_LAST=keep_last,
-        KEEP_UNGATED=keep_ungated,
-        PRECISE=x.dtype == torch.float32,
-        PRECISION=dot_precision(x.dtype),
-        num_warps=sizes.warps,
-        num_stages=1,
+        **constants,
     )
     return y, last, ungated

@@ -7,7 +7,6 @@ from the widths and the dtype. What was chosen here was measured by `python -m b
 from dataclasses import dataclass
 
 import torch
-import triton
 
 PIECE = 512
 """Events of a piece of a long row."""
@@ -86,18 +85,17 @@ class Problem:
 
 def block(size: int) -> int:
     """The tile that holds `size` numbers: tensor cores take powers of two from 16 on."""
-    return max(16, triton.next_power_of_2(size))
+    return max(16, 1 << (size - 1).bit_length())
 
 
 def chunk_of(problem: Problem, *, backward: bool) -> int:
     """Events of a chunk.
 
-    Chunks of 32 take fewer states than chunks of 16 and multiply more zeros. Gradients of 32, and in fp32 all of 32,
-    leave too little room in the registers: of those, 32 are worth it only where they spare a row its states.
+    Chunks of 32 take fewer states than chunks of 16 and multiply more zeros. Gradients of 32 leave too little room in
+    the registers: they are worth it only where they spare a row its states.
     """
     mean = problem.num_events / problem.num_rows
-    narrow = backward or problem.dtype == torch.float32
-    return 16 if problem.longest <= 16 or mean <= 12 or (narrow and problem.longest > 32) else 32
+    return 16 if problem.longest <= 16 or mean <= 12 or (backward and problem.longest > 32) else 32
 
 
 def sizes_of(problem: Problem, *, backward: bool, chunk: int = 0, piece: int = 0) -> Sizes:
@@ -115,9 +113,9 @@ def sizes_of(problem: Problem, *, backward: bool, chunk: int = 0, piece: int = 0
     carry_heads = 1
     while per_group % (2 * carry_heads) == 0 and carry_heads * channels < 64 and carry_heads * channels * state < 4096:
         carry_heads *= 2
-    # a head of a row alone reads all of B and C again
-    serial = not backward and not whole and not piece and problem.directions == 1 and state <= 2 * channels
-    roomy = chunk == 32 if backward else problem.dtype == torch.float32
+    # a head of a row alone reads all of B and C again; fp32 has no room for the state in its registers
+    serial = not backward and not whole and not piece and problem.directions == 1
+    serial = serial and state <= 2 * channels and problem.dtype != torch.float32
     slots = problem.num_rows if whole else problem.num_events // chunk + problem.num_rows
     heads = per_group
     while slots * (problem.heads // heads) < PROGRAMS and heads % 2 == 0:
@@ -128,7 +126,7 @@ def sizes_of(problem: Problem, *, backward: bool, chunk: int = 0, piece: int = 0
         serial=serial and problem.num_rows * problem.heads >= PROGRAMS,
         piece=piece,
         heads=heads,
-        warps=min(8, max(1, channels * state // 1024) * (2 if roomy else 1)),
+        warps=min(8, max(1, channels * state // 1024) * (2 if backward and chunk == 32 else 1)),
         carry_heads=carry_heads,
         carry_warps=min(8, max(2, carry_heads * channels * state // 2048)),
     )

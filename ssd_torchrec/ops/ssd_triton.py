@@ -59,7 +59,7 @@ def _scans(inputs: Inputs) -> tuple[Scan | None, Scan | None]:
             A=inputs.A[at],
             dt_bias=None if bias is None else bias[at],
             offsets=inputs.offsets,
-            reverse=reverse,
+            reverse=reverse == 1,
         )
         for reverse, at in enumerate(of_direction)
     )
@@ -163,7 +163,8 @@ def _launch_backward(
         if has_first and has_last:
             dinitial.copy_(dfinal)
         of_heads = A.new_zeros(2 * (forward + backward) + 1, H)
-        return *(torch.zeros_like(t) for t in (x, dt, B, C)), of_heads, dinitial
+        dx, ddt, dB, dC = (torch.zeros_like(t) for t in (x, dt, B, C))
+        return dx, ddt, dB, dC, of_heads, dinitial
     inputs = Inputs(x, dt, A, B, C, offsets, dt_bias, D, forward, backward)
     problem = _problem(inputs, longest, has_first or has_last)
     sizes = sizes_of(problem, backward=True, chunk=chunk, piece=piece)
@@ -184,7 +185,7 @@ def _launch_backward(
             has_first=has_first,
             has_last=has_last,
         )
-    return *grads, dinitial
+    return grads.x, grads.dt, grads.B, grads.C, grads.of_heads, dinitial
 
 
 def _fake_backward(
@@ -209,7 +210,8 @@ def _fake_backward(
     rows = offsets.shape[0] - 1 if initial is not None else 0
     of_heads = A.new_empty(2 * (forward + backward) + 1, H)
     dinitial = x.new_empty(rows, H, P, B.shape[2], dtype=torch.float32)
-    return *(t.new_empty(t.shape) for t in (x, dt, B, C)), of_heads, dinitial
+    dx, ddt, dB, dC = (t.new_empty(t.shape) for t in (x, dt, B, C))
+    return dx, ddt, dB, dC, of_heads, dinitial
 
 
 register(
