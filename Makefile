@@ -34,13 +34,13 @@ train: GPUS := $(shell nvidia-smi -L 2>/dev/null | grep '^GPU' | head -2 | wc -l
 train: $(READY)
 	$(BIN)/torchx run torchx_components/train.py:tim4rec $(if $(filter cuda,$(STACK)),-j 1x$(GPUS))
 
-# A thread per process: tests start worlds of two, and small tensors gain nothing from more.
+# A thread per process and a process per core: tests start worlds of two, and small tensors gain nothing from more threads.
 test test-slow: export OMP_NUM_THREADS ?= 1
 
 test: $(READY) $(TORCHREC_1_6)/.ready
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto
 	PYTHONPATH=$(TORCHREC_1_6) $(BIN)/python -c 'import importlib.metadata as m; assert m.version("torchrec") == "1.6.1"'
-	PYTHONPATH=$(TORCHREC_1_6) $(BIN)/python -m pytest -q $(TORCHREC_TESTS)
+	PYTHONPATH=$(TORCHREC_1_6) $(BIN)/python -m pytest -q -n auto $(TORCHREC_TESTS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

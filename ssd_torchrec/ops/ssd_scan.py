@@ -184,7 +184,7 @@ def ssd_scan(
     Raises:
         JaggedLayoutError: a tensor of events does not hold the events of `layout`.
         ShapeError: shapes do not fit each other, `A` is above 0 (looked at on the CPU only: on CUDA it is trusted), or
-            a head's state is larger than the kernels hold, 128 x 128 on CUDA.
+            a head's state is larger than the kernels hold, 64 x 128 on CUDA.
         DtypeError: on CUDA, tensors are neither fp64 nor of a dtype that kernels take, or not on one device.
 
     Deterministic; other rows change a row's result by rounding at most. Takes the definition if `x` is fp64; else has

@@ -116,6 +116,7 @@ def sizes_of(problem: Problem, *, backward: bool, chunk: int = 0, piece: int = 0
     # a head of a row alone reads all of B and C again; fp32 has no room for the state in its registers
     serial = not backward and not whole and not piece and problem.directions == 1
     serial = serial and state <= 2 * channels and problem.dtype != torch.float32
+    roomy = chunk == 32 if backward else problem.dtype == torch.float32
     slots = problem.num_rows if whole else problem.num_events // chunk + problem.num_rows
     heads = per_group
     while slots * (problem.heads // heads) < PROGRAMS and heads % 2 == 0:
@@ -126,7 +127,7 @@ def sizes_of(problem: Problem, *, backward: bool, chunk: int = 0, piece: int = 0
         serial=serial and problem.num_rows * problem.heads >= PROGRAMS,
         piece=piece,
         heads=heads,
-        warps=min(8, max(1, channels * state // 1024) * (2 if backward and chunk == 32 else 1)),
+        warps=min(8, max(1, channels * state // 1024) * (2 if roomy else 1)),
         carry_heads=carry_heads,
         carry_warps=min(8, max(2, carry_heads * channels * state // 2048)),
     )

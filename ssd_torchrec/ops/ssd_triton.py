@@ -28,7 +28,7 @@ from ssd_torchrec.ops.ssd_output import Inputs, outputs
 from ssd_torchrec.ops.ssd_serial import serial_outputs
 from ssd_torchrec.ops.ssd_sizes import Problem, block, sizes_of
 
-LARGEST_STATE = 128 * 128
+LARGEST_STATE = 64 * 128
 """Numbers of a head's state, channels and state rounded up to powers of two."""
 
 
@@ -302,7 +302,7 @@ def _scan(
 ) -> tuple[Tensor, Tensor]:
     if block(x.shape[2]) * block(B.shape[2]) > LARGEST_STATE:
         raise ShapeError(
-            f"a head's state must be at most 128 x 128, got {x.shape[2]} channels and state {B.shape[2]}; "
+            f"a head's state must be at most 64 x 128, got {x.shape[2]} channels and state {B.shape[2]}; "
             "use more heads of fewer channels"
         )
     return _Scan.apply(

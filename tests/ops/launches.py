@@ -225,7 +225,7 @@ RARE: dict[str, list[Launch]] = {
         *(ssd_scan(dtype, 32, 16, 64, rows) for dtype in (BF16, FP32) for rows in ("tiny", "short", "middling")),
         *(ssd_scan(FP32, 4, 64, 64, rows) for rows in ("short", "middling")),
         *(ssd_scan(dtype, 4, 24, 20, rows, "bare") for dtype in (BF16, FP32) for rows in ("short", "middling")),
-        *(ssd_scan(dtype, 2, 128, 128, "middling") for dtype in (BF16, FP32)),
+        *(ssd_scan(dtype, 2, 64, 128, "middling") for dtype in (BF16, FP32)),
         *(ssd_scan(FP32, 4, 32, 32, rows, "both ways") for rows in ("short", "middling")),
         ssd_scan(BF16, 4, 32, 32, "middling", "both ways"),
         ssd_scan(BF16, 8, 32, 32, "middling", groups=2),

@@ -96,7 +96,7 @@ def test_gzip_that_is_not_whole_is_refused(tmp_path, content):
         check_gzip(tmp_path / "log.csv.gz")
 
 
-@pytest.mark.parametrize("content", [WHOLE, WHOLE + WHOLE, gzip.compress(b"")])
+@pytest.mark.parametrize("content", [WHOLE, WHOLE + WHOLE, gzip.compress(b"")], ids=["one", "two", "empty"])
 def test_gzip_that_is_whole_passes_whatever_its_name(tmp_path, content):
     (tmp_path / "log.csv").write_bytes(content)
     assert is_gzip(tmp_path / "log.csv")
