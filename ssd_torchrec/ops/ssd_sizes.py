@@ -115,8 +115,8 @@ def sizes_of(problem: Problem, *, backward: bool, chunk: int = 0, piece: int = 0
     carry_heads = 1
     while per_group % (2 * carry_heads) == 0 and carry_heads * channels < 64 and carry_heads * channels * state < 4096:
         carry_heads *= 2
-    # A head of a row alone reads all of B and C again. In fp32 its state does not fit the registers; interpreted kernels,
-    # where all is fp32, have none.
+    # A head of a row alone reads all of B and C again. In fp32 its state does not fit the registers, and interpreted
+    # kernels, where all is fp32, have none.
     serial = not backward and not whole and not piece and problem.directions == 1
     serial = serial and state <= 2 * channels and (problem.dtype != torch.float32 or INTERPRETED)
     roomy = chunk == 32 if backward else problem.dtype == torch.float32
