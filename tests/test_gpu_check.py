@@ -75,10 +75,10 @@ def test_tests_that_passed_are_not_run_again(tmp_path):
     file.write_text(TESTS.format(holds=False))
     assert gpu_check.run_tests("few", [str(file)], tmp_path, budget_s=60) == 1
     outcomes = [json.loads(line)["outcome"] for line in (tmp_path / "few.jsonl").read_text().splitlines()]
-    assert outcomes == ["passed", "failed"]
+    assert sorted(outcomes) == ["failed", "passed"]  # in any order: more than one process may run them
     file.write_text(TESTS.format(holds=True))
     assert gpu_check.run_tests("few", [str(file)], tmp_path, budget_s=60) == 0
-    assert "1 passed, 1 deselected" in (tmp_path / "few.log").read_text()
+    assert "\n1 passed in " in (tmp_path / "few.log").read_text()  # not both
 
 
 def test_a_command_ends_at_its_budget_and_its_words_are_kept(tmp_path):

@@ -32,6 +32,7 @@ ROWS = {
 EVENTS = ("x", "dt", "B", "C", "z")
 KERNELS = partial(ssd_scan_bidirectional_triton, chunk=16)
 PATHS = {"chunked": ssd_scan_bidirectional_chunked, "kernels": KERNELS}
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of tests that hypothesis runs many times
 few = settings(max_examples=4, derandomize=True, deadline=None)
 row_lengths = st.lists(st.integers(0, 16), min_size=1, max_size=2)
 
@@ -128,13 +129,16 @@ def test_derivative_is_the_derivative(scan, lengths):
 @few
 @given(lengths=row_lengths, more=row_lengths)
 def test_a_row_does_not_know_its_batch(longest, piece, lengths, more):
-    """Bit for bit, in values and in the gradients of events, as long as both batches take the same path."""
+    """Bit for bit, in values and in the gradients of events, as long as both batches take the same path.
+
+    Without z, whose gradient is PyTorch's, and rounds the tail of a vector differently.
+    """
     lengths, more = [longest, *lengths], [min(length, longest) for length in more]
-    tensors = {n: t.float() for n, t in bidirectional_inputs([*lengths, *more], heads=1).items()}
+    tensors = on(DEVICE, bidirectional_inputs([*lengths, *more], heads=1, gate=False))
     alone = {n: t[: sum(lengths)] if n in EVENTS else t for n, t in tensors.items()}
-    got = bidirectional_results(KERNELS, tensors, JaggedLayout.from_lengths([*lengths, *more]), piece=piece)
-    expected = bidirectional_results(KERNELS, alone, JaggedLayout.from_lengths(lengths), piece=piece)
-    for name in ("y", *(f"d{n}" for n in EVENTS)):
+    got = bidirectional_results(KERNELS, tensors, JaggedLayout.from_lengths([*lengths, *more], DEVICE), piece=piece)
+    expected = bidirectional_results(KERNELS, alone, JaggedLayout.from_lengths(lengths, DEVICE), piece=piece)
+    for name in ("y", "dx", "ddt", "dB", "dC"):
         assert torch.equal(got[name][: sum(lengths)], expected[name]), name
 
 
@@ -142,10 +146,10 @@ def test_a_row_does_not_know_its_batch(longest, piece, lengths, more):
 @given(lengths=row_lengths)
 def test_turned_rows_with_swapped_directions_give_turned_outputs(lengths):
     lengths = [20, *lengths]
-    layout = JaggedLayout.from_lengths(lengths)
-    tensors = {n: t.float() for n, t in bidirectional_inputs(lengths, heads=2).items()}
+    layout = JaggedLayout.from_lengths(lengths, DEVICE)
+    tensors = on(DEVICE, bidirectional_inputs(lengths, heads=1))
     row = layout.row_of_event
-    turned = layout.offsets[row] + layout.offsets[row + 1] - 1 - torch.arange(sum(lengths))
+    turned = layout.offsets[row] + layout.offsets[row + 1] - 1 - torch.arange(sum(lengths), device=DEVICE)
     other = tensors | {n: t[turned] for n, t in tensors.items() if n in EVENTS}
     other |= {"dt": other["dt"].flip(1), "A": tensors["A"].flip(0), "dt_bias": tensors["dt_bias"].flip(0)}
     y, y_turned = (call(KERNELS, t, layout) for t in (tensors, other))
