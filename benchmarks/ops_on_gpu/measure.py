@@ -21,9 +21,8 @@ from benchmarks.ops_on_gpu.problems import (
 from benchmarks.ops_on_gpu.rows import Row, Rows
 from ssd_torchrec.jagged import JaggedLayout
 
-ALLOWED = {"fp32": 1e-2, "bf16": 1e-1}
-"""Error, root mean square over that of the truth, from which on a contender is wrong: peers take tf32 for fp32, and in
-bf16 fla's gradient of dt_bias is off by 6e-2."""
+ALLOWED = {"fp32": 1e-2, "bf16": 5e-2}
+"""Error, root mean square over that of the truth, from which on a contender is wrong: peers take tf32 for fp32."""
 
 CEILING = "copy"
 

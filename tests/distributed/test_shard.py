@@ -14,7 +14,7 @@ from tests.distributed.example import SEED, SGD, batch, model, train, trainable,
 from tests.distributed.world import spawn
 
 STEPS = range(20)
-CLOSE = 1e-5  # 1e-6 on most processors; some multiply in an order that two ranks do not share
+CLOSE = 1e-6
 TABLE = "items.embeddings.item.weight"
 
 SPLITS = {

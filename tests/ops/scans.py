@@ -13,11 +13,6 @@ HEADS = 4
 """Of kernels, which are slow to interpret."""
 
 
-def slack_of(name: str) -> float:
-    """Against eager PyTorch: few heads give a parameter's gradient few numbers, whose root mean square says little."""
-    return 4.0 if name in ("dA", "ddt_bias", "dD") else 2.0
-
-
 def scan_inputs(
     lengths: list[int],
     *,
