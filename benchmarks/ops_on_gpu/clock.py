@@ -11,6 +11,8 @@ import torch
 COLD_BYTES = 256 * 2**20
 """Written before each timed call: more than the second-level cache of any GPU holds."""
 CYCLES_OF_MS = 2e6
+HELD_MS = 5.0
+"""How long the device sleeps at most before a timed call, while the host enqueues its launches."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,7 @@ class Clock:
         begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         assert self._cold is not None
         self._cold.zero_()
-        torch.cuda._sleep(int(CYCLES_OF_MS * min(1.5 * enqueue_ms, 5.0)))
+        torch.cuda._sleep(int(CYCLES_OF_MS * min(1.5 * enqueue_ms, HELD_MS)))
         begin.record()
         run()
         end.record()

@@ -41,6 +41,21 @@ def locate(offsets_ptr, rows, slot, SPAN: tl.constexpr):
 
 
 @triton.jit
+def chunk_of_slot(offsets_ptr, rows, slot, CHUNK: tl.constexpr, WHOLE: tl.constexpr):
+    """First event of a slot's chunk, the row's events from there on, at most 0 if it is unused, and its place.
+
+    WHOLE: each row is one chunk, and its slot.
+    """
+    if WHOLE:
+        row = slot
+        chunk = slot * 0
+    else:
+        row, chunk = locate(offsets_ptr, rows, slot, CHUNK)
+    begin = tl.load(offsets_ptr + row) + chunk * CHUNK
+    return begin, tl.load(offsets_ptr + row + 1) - begin, chunk
+
+
+@triton.jit
 def softplus(v, PRECISE: tl.constexpr):
     """log(1 + e^v) in fp32, v itself above 20.
 

@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssd_torchrec.ops.launch import dot_precision
-from ssd_torchrec.ops.ssd_chunk import between, locate, log_decays, num_slots, reach_of, softplus
+from ssd_torchrec.ops.ssd_chunk import between, chunk_of_slot, log_decays, num_slots, reach_of, softplus
 from ssd_torchrec.ops.ssd_output import Inputs
 from ssd_torchrec.ops.ssd_sizes import Sizes, block
 
@@ -249,27 +249,18 @@ def _gradients_kernel(
     slot = (tl.program_id(0) // BLOCKS).to(tl.int64)
     first_head = (tl.program_id(0) % BLOCKS) * HEADS
     partial_ptr += slot * ((2 * DIRECTIONS + 1) * H) + first_head  # of dA and dt_bias in each direction, then D
-    if WHOLE:
-        begin = tl.load(offsets_ptr + slot)
-        length = tl.load(offsets_ptr + slot + 1) - begin
-        chunk = slot * 0
-    else:
-        row, chunk = locate(offsets_ptr, rows, slot, CHUNK)
-        begin = tl.load(offsets_ptr + row)
-        length = tl.load(offsets_ptr + row + 1) - begin
-    if chunk * CHUNK >= length:
+    begin, left, chunk = chunk_of_slot(offsets_ptr, rows, slot, CHUNK, WHOLE)
+    if left <= 0:
         h = tl.arange(0, BLOCK_HEADS)
         for kind in tl.static_range(2 * DIRECTIONS + 1):
             tl.store(partial_ptr + kind * H + h, tl.zeros([BLOCK_HEADS], tl.float32), mask=h < HEADS)
         return
     has_before = chunk > 0
-    has_after = (chunk + 1) * CHUNK < length
-    begin += chunk * CHUNK
-    here_length = (length - chunk * CHUNK).to(tl.int32)
+    has_after = left > CHUNK
     q = tl.arange(0, CHUNK)
     p = tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
-    here = q < here_length
+    here = q < left.to(tl.int32)
     in_keys = here[:, None] & (n < N)[None, :]
     in_x = here[:, None] & (p < P)[None, :]
     group = first_head // PER_GROUP

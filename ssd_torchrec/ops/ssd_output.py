@@ -20,7 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ssd_torchrec.ops.launch import dot_precision
-from ssd_torchrec.ops.ssd_chunk import between, locate, num_slots, reach_of, steps_of
+from ssd_torchrec.ops.ssd_chunk import between, chunk_of_slot, num_slots, reach_of, steps_of
 from ssd_torchrec.ops.ssd_sizes import Sizes, block
 
 
@@ -105,24 +105,15 @@ def _output_kernel(
     BLOCKS: tl.constexpr = H // HEADS
     slot = (tl.program_id(0) // BLOCKS).to(tl.int64)
     first_head = (tl.program_id(0) % BLOCKS) * HEADS
-    if WHOLE:
-        begin = tl.load(offsets_ptr + slot)
-        length = tl.load(offsets_ptr + slot + 1) - begin
-        chunk = slot * 0
-    else:
-        row, chunk = locate(offsets_ptr, rows, slot, CHUNK)
-        begin = tl.load(offsets_ptr + row)
-        length = tl.load(offsets_ptr + row + 1) - begin
-    if chunk * CHUNK >= length:
+    begin, left, chunk = chunk_of_slot(offsets_ptr, rows, slot, CHUNK, WHOLE)
+    if left <= 0:
         return
     has_past = (chunk > 0) | HAS_FIRST
-    has_future = ((chunk + 1) * CHUNK < length) | HAS_FIRST
-    begin += chunk * CHUNK
-    here_length = (length - chunk * CHUNK).to(tl.int32)
+    has_future = (left > CHUNK) | HAS_FIRST
     q = tl.arange(0, CHUNK)
     p = tl.arange(0, BLOCK_P)
     n = tl.arange(0, BLOCK_N)
-    here = q < here_length
+    here = q < left.to(tl.int32)
     in_keys = here[:, None] & (n < N)[None, :]
     in_x = here[:, None] & (p < P)[None, :]
     group = first_head // PER_GROUP

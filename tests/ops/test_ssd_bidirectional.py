@@ -98,7 +98,7 @@ def test_longer_chunks_are_as_accurate_as_eager(lengths, device):
 @pytest.mark.parametrize("scan", PATHS.values(), ids=PATHS)
 def test_extreme_decays_are_as_accurate_as_eager(scan, fastest, device):
     lengths = [20, 3]
-    tensors = on(device, bidirectional_inputs(lengths, heads=HEADS, fastest=fastest))
+    tensors = on(device, bidirectional_inputs(lengths, heads=HEADS, fastest=fastest, seed=1))
     assert_accurate(scan, tensors, JaggedLayout.from_lengths(lengths, device))
 
 
