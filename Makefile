@@ -8,7 +8,7 @@ BIN := .venv/bin
 STACK := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCHREC_1_6 := $(CURDIR)/.venv/torchrec-1.6.1
 # These touch torchrec, and run once more against the older release that is supported.
-TORCHREC_TESTS := $(wildcard tests/data tests/models tests/distributed tests/training)
+TORCHREC_TESTS := $(wildcard tests/data tests/models tests/distributed tests/training) --ignore tests/data/prepare
 
 # Written when an install is complete, so an interrupted one is begun anew. It names the stack and the folder, which a virtual
 # environment does not survive the change of.
