@@ -219,6 +219,26 @@ def test_a_second_run_gives_the_same_bits(operator, dtype, device):
             assert torch.equal(first[name], again), name
 
 
+@pytest.mark.parametrize("operator", OPERATORS)
+def test_a_captured_step_replays_on_other_numbers(operator, device):
+    make, run, _ = OPERATORS[operator]
+    rows = row_lengths("mean-47")
+    layout = JaggedLayout.from_lengths(rows, device)
+    tensors = make(sum(rows), SIZES["narrow"], Draw(device, torch.bfloat16))
+    side = torch.cuda.Stream(device)
+    with torch.cuda.stream(side):  # compiles outside the capture, as PyTorch asks
+        results(run, tensors, layout)
+    side.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = results(run, tensors, layout)
+    for t in tensors.values():
+        t.mul_(0.5)
+    graph.replay()
+    for name, again in results(run, tensors, layout).items():
+        assert torch.equal(captured[name], again), name
+
+
 @one_at_a_time
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_more_rows_than_a_grid_has_in_its_second_dimension(operator, device):
