@@ -1,7 +1,8 @@
 """What every sequence encoder offers: event vectors of each row in, one vector an event out."""
 
 from abc import ABC, abstractmethod
-from typing import Generic, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor, nn
 
@@ -46,3 +47,45 @@ class StreamingEncoder(Encoder, Generic[State]):
         Returns:
             (T, D) vectors of the new events, and the state after them.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(ABC):
+    """The shape of an encoder, and what a run has to know of it before it is built."""
+
+    title: ClassVar[str]
+    """Name of the system."""
+
+    paper: ClassVar[str]
+    """Where it was published."""
+
+    width: int = 64
+    """Channels D of an event, in and out."""
+
+    @property
+    @abstractmethod
+    def causal(self) -> bool:
+        """Whether the output at an event depends on it and earlier ones of its row only."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether `build` gives a `StreamingEncoder`."""
+        return False
+
+    @property
+    def reads_time(self) -> bool:
+        """Whether timestamps make a difference."""
+        return False
+
+    @property
+    def length_cap(self) -> int:
+        """Events of the longest row it takes; 0 for any."""
+        return 0
+
+    def with_gaps(self, log_gap_mean: float, log_gap_std: float) -> Self:
+        """With the mean and standard deviation of log1p(gap in s) over the training set, if it has a use for them."""
+        return self
+
+    @abstractmethod
+    def build(self) -> Encoder:
+        """The encoder, its weights drawn from PyTorch's generator."""

@@ -9,14 +9,14 @@ Source: Fan et al. 2024, TiM4Rec, arXiv:2409.16182, in the structure of its publ
 along the time axis there is done event by event here, so that an output depends on the past of its row only.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import isfinite
-from typing import Literal, NamedTuple, get_args
+from typing import ClassVar, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor, nn
 
-from ssd_torchrec.encoders.encoder import StreamingEncoder
+from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder
 from ssd_torchrec.errors import ConfigError, JaggedLayoutError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.modules.dropout import Dropout
@@ -30,8 +30,11 @@ KNOWN = {"time_mode": get_args(TimeMode), "activation": get_args(Activation), "c
 
 
 @dataclass(frozen=True, kw_only=True)
-class TiM4RecConfig:
+class TiM4RecConfig(EncoderConfig):
     """Shape of the encoder; the defaults are the published 64-wide one."""
+
+    title: ClassVar[str] = "TiM4Rec"
+    paper: ClassVar[str] = "Fan et al. 2024, arXiv:2409.16182"
 
     width: int = 64
     """Channels D of an event, in and out."""
@@ -98,6 +101,29 @@ class TiM4RecConfig:
                 "a training set whose gaps are all alike has no time to learn from: take time_mode none"
             )
         self.mixer()  # refuses heads that do not fit
+
+    @property
+    def causal(self) -> bool:
+        """In every mode."""
+        return True
+
+    @property
+    def streams(self) -> bool:
+        """In every mode."""
+        return True
+
+    @property
+    def reads_time(self) -> bool:
+        """Unless it is switched off."""
+        return self.time_mode != "none"
+
+    def with_gaps(self, log_gap_mean: float, log_gap_std: float) -> Self:
+        """The gate sees gaps normalised by these."""
+        return replace(self, log_gap_mean=log_gap_mean, log_gap_std=log_gap_std) if self.reads_time else self
+
+    def build(self) -> "TiM4Rec":
+        """The encoder with new weights."""
+        return TiM4Rec(self)
 
     def mixer(self) -> SSDMixerConfig:
         return SSDMixerConfig(
