@@ -125,7 +125,8 @@ def planned_lengths(shape: Shape, tokens: int, epoch: int = 0) -> list[Tensor]:
     lengths = shape.lengths()
     config = BatchConfig(tokens_per_batch=tokens)
     windows = training_windows(lengths, np.array([0, len(lengths)]), config, epoch)
-    batches = sorted((lengths[rows] for window in windows for rows in window.batches), key=lambda rows: rows.mean())
+    batches = [window.stretches.length[batch] for window in windows for batch in window.batches]
+    batches.sort(key=lambda rows: rows.mean())
     spread = np.linspace(0, len(batches), shape.num_batches, endpoint=False) + len(batches) / shape.num_batches / 2
     return [torch.from_numpy(batches[int(at)]) for at in spread]
 

@@ -10,9 +10,10 @@ import os
 import sys
 import time
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Literal
 
 import tyro
 
@@ -44,17 +45,31 @@ def _hush_dependencies() -> None:
 
 def _generate(words: list[str]) -> int:
     from ssd_torchrec.data.generate import generate
+    from ssd_torchrec.data.lifelong import LifelongConfig
     from ssd_torchrec.data.synthetic import SyntheticConfig
+
+    laws = {"gaps": SyntheticConfig(), "lifelong": LifelongConfig()}
 
     @dataclass(frozen=True, kw_only=True)
     class Generate:
         folder: tyro.conf.Positional[str]
         """Where the data set goes; one that is there is replaced."""
 
-        law: SyntheticConfig = field(default_factory=SyntheticConfig)
+        preset: Literal["gaps", "lifelong"] = "gaps"
+        """gaps: short histories whose next item hangs on the time between events; lifelong: histories of thousands of
+        events whose last items hang on an event more than a thousand back. It decides the options of the law."""
+
+        law: SyntheticConfig | LifelongConfig = field(default_factory=SyntheticConfig)
         """Sizes and probabilities."""
 
-    asked = tyro.cli(Generate, args=words, prog="ssd-torchrec generate", description=COMMANDS["generate"].about)
+    asked = tyro.cli(
+        Generate,
+        args=words,
+        default=Generate(folder=tyro.MISSING, law=laws.get(_value_of("--preset", words), laws["gaps"])),
+        prog="ssd-torchrec generate",
+        description=COMMANDS["generate"].about,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
     meta = generate(asked.law, Path(asked.folder))
     print(f"{asked.folder}: {meta.num_users} users, {meta.num_items} items, {meta.num_events} events")
     return 0
@@ -82,7 +97,7 @@ def _prepare(words: list[str]) -> int:
     if preset and preset not in PRESETS:
         raise ConfigError(f"--preset must be one of {', '.join(PRESETS)}, got {preset!r}; without it, name the columns")
     chosen = PrepareConfig(log=PRESETS[preset].log, name=preset) if preset else PrepareConfig()
-    listed = "\n".join(f"  {name:<14} {of.about}" for name, of in PRESETS.items())
+    listed = _listed({name: of.about for name, of in PRESETS.items()})
     asked = tyro.cli(
         Prepare,
         args=words,
@@ -96,6 +111,12 @@ def _prepare(words: list[str]) -> int:
     return 0
 
 
+def _listed(about: Mapping[str, str]) -> str:
+    """A line each, name and what it is."""
+    widest = max(map(len, about))
+    return "\n".join(f"  {name:<{widest}} {words}" for name, words in about.items())
+
+
 def _value_of(option: str, words: list[str]) -> str:
     """The value of an option that decides the defaults of others."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
@@ -106,15 +127,53 @@ def _value_of(option: str, words: list[str]) -> str:
 def _train(words: list[str]) -> int:
     from ssd_torchrec.distributed.collectives import word_of_rank_0
     from ssd_torchrec.distributed.process import launched, process_group
-    from ssd_torchrec.training.config import presets
+    from ssd_torchrec.training.config import RunConfig
+    from ssd_torchrec.training.presets import presets
     from ssd_torchrec.training.run import train
 
-    config = tyro.extras.overridable_config_cli(
-        presets(), args=words, prog="ssd-torchrec train", description=COMMANDS["train"].about
+    runs, about = presets(), COMMANDS["train"].about
+    listed = _listed({name: words for name, (words, _) in runs.items()})
+    if words[:1] in ([], ["-h"], ["--help"]):
+        print(f"usage: ssd-torchrec train PRESET [--help]\n\n{about}\n\npresets:\n{listed}")
+        sys.exit(0 if words else 2)
+    if words[0] not in runs:
+        raise ConfigError(f"the preset must be one of those below, got {words[0]!r}\n{listed}")
+    config = tyro.cli(
+        RunConfig,
+        args=words[1:],
+        default=runs[words[0]][1],
+        prog=f"ssd-torchrec train {words[0]}",
+        description=about,
+        config=(tyro.conf.AvoidSubcommands,),
     )
     world = launched(os.environ)
     with process_group(world):
         train(replace(config, name=word_of_rank_0(config.name or _default_name())), world)
+    return 0
+
+
+def _models(words: list[str]) -> int:
+    from rich.console import Console
+    from rich.table import Table
+
+    from ssd_torchrec.encoders.registry import SYSTEMS
+
+    tyro.cli(_no_options, args=words, prog="ssd-torchrec models", description=COMMANDS["models"].about)
+    table = Table("name", "what it is", "paper", "sees", "time", "streams", "longest", "presets, as NAME-PRESET")
+    for name, system in SYSTEMS.items():
+        config = system.small
+        table.add_row(
+            name,
+            system.about,
+            config.paper,
+            "the past" if config.causal else "both ways",
+            "yes" if config.reads_time else "no",
+            "yes" if config.streams else "no",
+            f"{config.length_cap:,}" if config.length_cap else "any",
+            ", ".join(system.presets),
+        )
+    console = Console()
+    Console(width=max(console.width, 160)).print(table)
     return 0
 
 
@@ -201,9 +260,12 @@ class Command:
 
 
 COMMANDS = {
-    "generate": Command(_generate, "Write a generated data set, in which the gaps between events matter."),
+    "generate": Command(
+        _generate, "Write a generated data set, in which gaps between events matter, or events long past."
+    ),
     "prepare": Command(_prepare, "Make a data set of a raw log: k-core, order, vocabulary, in bounded memory."),
     "train": Command(_train, "Train a preset; every field of the run can be overridden."),
+    "models": Command(_models, "What can be trained: paper, direction, time, streaming, presets."),
     "evaluate": Command(_evaluate, "Rank the full catalogue with a checkpoint."),
     "recommend": Command(_recommend, "Write the best items of each user, from a checkpoint and a file of users."),
     "inspect": Command(_inspect, "What is in a data set: counts, lengths, gaps, files."),
@@ -212,8 +274,8 @@ COMMANDS = {
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:<10} {command.about}" for name, command in COMMANDS.items())
-    return f"usage: ssd-torchrec COMMAND [--help]\n\n{rows}"
+    commands = _listed({name: command.about for name, command in COMMANDS.items()})
+    return f"usage: ssd-torchrec COMMAND [--help]\n\n{commands}"
 
 
 def _default_name() -> str:

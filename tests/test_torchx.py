@@ -6,12 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from ssd_torchrec.encoders.registry import SYSTEMS
+
 runner = pytest.importorskip("torchx.runner", reason="torchx is an extra")
 file_linter = pytest.importorskip("torchx.specs.file_linter")
 
 ROOT = Path(__file__).parents[1]
+TRAIN = ROOT / "torchx_components" / "train.py"
 COMPONENTS = {
-    "tim4rec": (ROOT / "torchx_components" / "train.py", []),
+    "tim4rec": (TRAIN, []),
     "evaluate": (ROOT / "torchx_components" / "evaluate.py", ["--checkpoint", "runs/with space"]),
 }
 
@@ -36,6 +39,14 @@ def command(component: str, *flags: str) -> list[str]:
 @pytest.mark.parametrize("component", COMPONENTS)
 def test_torchx_accepts_the_component(component):
     assert file_linter.validate(str(COMPONENTS[component][0]), component) == []
+
+
+@pytest.mark.parametrize("system", SYSTEMS)
+def test_every_system_has_a_component_of_its_name(system):
+    assert file_linter.validate(str(TRAIN), system) == []
+    with runner.get_runner() as torchx:
+        app = torchx.dryrun_component(f"{TRAIN}:{system}", ["--name", "n"], "local_cwd", cfg={})._app
+    assert f"-m ssd_torchrec train {system} --output ./runs --name n" in app.roles[0].args[1]
 
 
 @pytest.mark.parametrize("component", COMPONENTS)

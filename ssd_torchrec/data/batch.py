@@ -23,12 +23,14 @@ class Batch(Pipelineable):
     # candidate   [3, 4, 9, 12]    []      []           all in row 0, as the keys of a KJT share B
     # segment     [5]              []      [1]          a context key: one bag a row
     # target      [0, 0, 2]        []      [1, -1]      position in the candidate list; -1 asks for nothing
+    # negative    [2, 3, 1]        []      [0, 0]       if the loss wants one a target
     """
 
     features: KeyedJaggedTensor
     layout: JaggedLayout  # of item and timestamp
     target: Tensor  # (T,) int64
     global_targets: int  # targets of the global batch, over all ranks; at least 1
+    negative: Tensor | None = None  # (T,) int64 a wrong candidate for each target; 0 where there is none
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
         return replace(
@@ -36,6 +38,7 @@ class Batch(Pipelineable):
             features=self.features.to(device, non_blocking=non_blocking),
             layout=self.layout.to(device, non_blocking=non_blocking),
             target=self.target.to(device, non_blocking=non_blocking),
+            negative=None if self.negative is None else self.negative.to(device, non_blocking=non_blocking),
         )
 
     def pin_memory(self) -> "Batch":
@@ -44,6 +47,7 @@ class Batch(Pipelineable):
             features=self.features.pin_memory(),
             layout=self.layout.pin_memory(),
             target=self.target.pin_memory(),
+            negative=None if self.negative is None else self.negative.pin_memory(),
         )
 
     def record_stream(self, stream: torch.Stream) -> None:
@@ -51,25 +55,43 @@ class Batch(Pipelineable):
         self.features.record_stream(stream)  # pyright: ignore[reportArgumentType]
         self.layout.record_stream(stream)
         self.target.record_stream(stream)
+        if self.negative is not None:
+            self.negative.record_stream(stream)
 
 
 def collate(
-    rows: Rows, target_item: Ints, meta: DatasetMeta, *, global_targets: int, with_candidates: bool = True
+    rows: Rows,
+    target_item: Ints,
+    meta: DatasetMeta,
+    *,
+    global_targets: int,
+    with_candidates: bool = True,
+    negative_item: Ints | None = None,
 ) -> Batch:
     """Lay rows out as a batch on the host; no rows become one empty row, since no rank may come without any.
 
     Args:
         rows: B histories.
-        target_item: (T,) table row of the item that follows each event, or -1 where nothing is asked. Rows below
+        target_item: (T,) table row of the item to tell at each event, or -1 where nothing is asked. Rows below
             `meta.first_item` are no candidates: they are not asked for either.
         global_targets: targets of the global batch over all ranks, at least 1.
         with_candidates: whether the key "candidate" lists the whole catalogue or nothing. `target` counts from the
             first item either way.
+        negative_item: (T,) table row of a wrong item for each target. The candidates are then these and the targets'
+            only, each once, and `target` counts among them.
     """
     lengths = [rows.lengths, rows.lengths]
     values = [rows.item, rows.timestamp]
     num_rows = max(rows.num_rows, 1)
-    candidates = np.arange(meta.first_item, meta.num_table_rows if with_candidates else meta.first_item)
+    asked = target_item >= meta.first_item
+    target, negative = np.where(asked, target_item - meta.first_item, -1), None
+    if negative_item is None:
+        candidates = np.arange(meta.first_item, meta.num_table_rows if with_candidates else meta.first_item)
+    else:
+        candidates = np.union1d(target_item[asked], negative_item[asked])
+        candidates = candidates if len(candidates) else np.array([meta.first_item])
+        target = np.where(asked, np.searchsorted(candidates, target_item), -1)
+        negative = np.where(asked, np.searchsorted(candidates, negative_item), 0)
     lengths.append(np.concatenate([[len(candidates)], np.zeros(num_rows - 1, np.int64)]))
     values.append(candidates)
     for name in meta.context:
@@ -82,6 +104,6 @@ def collate(
         values=torch.from_numpy(np.concatenate(values)),
         lengths=torch.from_numpy(np.concatenate(lengths)),
     )
-    target = np.where(target_item >= meta.first_item, target_item - meta.first_item, -1)
     layout = JaggedLayout.from_lengths(torch.from_numpy(lengths[0]))
-    return Batch(features, layout, torch.from_numpy(target), global_targets)
+    wrong = None if negative is None else torch.from_numpy(negative)
+    return Batch(features, layout, torch.from_numpy(target), global_targets, wrong)

@@ -7,16 +7,25 @@ windows that lie before it.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import numpy as np
 
 from ssd_torchrec.data.batch import Batch, collate
-from ssd_torchrec.data.batch_plan import BatchConfig, Window, evaluation_windows, share_of_rank, training_windows
+from ssd_torchrec.data.batch_plan import (
+    BatchConfig,
+    Stretches,
+    Window,
+    evaluation_windows,
+    share_of_rank,
+    training_windows,
+)
+from ssd_torchrec.data.objective import MASK, ObjectiveConfig
 from ssd_torchrec.data.parquet import UserHistories
 from ssd_torchrec.data.prefetch import prefetched
-from ssd_torchrec.data.rows import Ints, Rows, ranges
+from ssd_torchrec.data.questions import Questions
+from ssd_torchrec.data.rows import Ints, Rows, offsets_of
 from ssd_torchrec.data.split import Spans, Stage
 from ssd_torchrec.errors import ConfigError
 
@@ -36,22 +45,31 @@ class Share:
 
 
 class TrainingBatches:
-    """All next-item targets of the training events, each once an epoch."""
+    """All that an objective asks of the training events, each once an epoch."""
 
-    def __init__(self, histories: UserHistories, spans: Spans, config: BatchConfig, share: Share | None = None) -> None:
+    def __init__(
+        self,
+        histories: UserHistories,
+        spans: Spans,
+        config: BatchConfig,
+        share: Share | None = None,
+        objective: ObjectiveConfig | None = None,
+    ) -> None:
         self._histories, self._config = histories, config
         self._share = share or Share()
-        self._lengths = spans.training_inputs
+        self._objective = objective or ObjectiveConfig()
+        self._lengths = self._objective.events(spans)
+        self._training_events = spans.training_events
 
     def count(self, epoch: int) -> int:
         """Global batches of an epoch; planned from lengths, without reading."""
         return sum(len(window.batches) for window in self._windows(epoch))
 
     def epoch(self, epoch: int, first: int = 0, *, with_candidates: bool = True) -> Iterator[Batch]:
-        """Batches of an epoch from number `first` on; every event of them has a target, unless it is unknown.
+        """Batches of an epoch from number `first` on.
 
         Args:
-            with_candidates: whether each batch lists the whole catalogue as candidates.
+            with_candidates: whether each batch lists the whole catalogue as candidates, if the loss is over them.
 
         Raises:
             ConfigError: the epoch has fewer than `first` batches.
@@ -64,26 +82,57 @@ class TrainingBatches:
         return prefetched(self._batches(epoch, first, with_candidates))
 
     def _windows(self, epoch: int) -> Iterator[Window]:
-        return training_windows(self._lengths, self._histories.row_group_offsets, self._config, epoch)
+        bounds = self._histories.row_group_offsets
+        return training_windows(self._lengths, bounds, self._config, epoch, self._objective.cut)
 
     def _batches(self, epoch: int, first: int, with_candidates: bool) -> Iterator[Batch]:
         for window in self._windows(epoch):
             skipped = min(first, len(window.batches))
             first -= skipped
             if skipped < len(window.batches):
-                loaded = _Loaded.read(self._histories, self._lengths, window)
-                for rows in islice(window.batches, skipped, None):
-                    yield loaded.training_batch(rows, self._share, with_candidates)
+                rows, training_events = _read(self._histories, window, self._training_events)
+                questions = Questions(
+                    self._objective,
+                    rows,
+                    training_events,
+                    window.stretches,
+                    self._histories.meta,
+                    draw=(self._config.seed, epoch, window.number),
+                )
+                for batch in islice(window.batches, skipped, None):
+                    yield self._batch(questions, rows, window.stretches, batch, with_candidates)
+
+    def _batch(
+        self, questions: Questions, rows: Rows, stretches: Stretches, batch: Ints, with_candidates: bool
+    ) -> Batch:
+        ours = share_of_rank(batch, stretches.length[batch], self._share.rank, self._share.world_size)
+        asked = questions.of(ours)
+        return collate(
+            replace(stretches[ours].of(rows), item=asked.item),
+            asked.target_item,
+            self._histories.meta,
+            global_targets=max(questions.count(batch), 1),
+            with_candidates=with_candidates,
+            negative_item=asked.negative_item,
+        )
 
 
 class EvaluationBatches:
     """The histories that a stage asks about, each once, its target at the last event; in the same order every time."""
 
     def __init__(
-        self, histories: UserHistories, spans: Spans, stage: Stage, config: BatchConfig, share: Share | None = None
+        self,
+        histories: UserHistories,
+        spans: Spans,
+        stage: Stage,
+        config: BatchConfig,
+        share: Share | None = None,
+        *,
+        asks_at_mask: bool = False,
     ) -> None:
+        """`asks_at_mask`: histories end in a hidden event, at which the target stands."""
         self._histories, self._config = histories, config
-        self._share = share or Share()
+        self._share, self._asks_at_mask = share or Share(), asks_at_mask
         self._lengths = np.maximum(spans.target(stage), 0)
 
     def __len__(self) -> int:
@@ -98,48 +147,41 @@ class EvaluationBatches:
 
     def _batches(self) -> Iterator[Batch]:
         for window in self._windows():
-            loaded = _Loaded.read(self._histories, self._lengths, window)
-            for rows in window.batches:
-                yield loaded.evaluation_batch(rows, self._share)
+            rows, _ = _read(self._histories, window, self._lengths)
+            after = rows.item[rows.offsets[window.stretches.row] + window.stretches.stop]
+            for batch in window.batches:
+                yield self._batch(rows, window.stretches, after, batch)
 
-
-@dataclass(frozen=True, eq=False)
-class _Loaded:
-    """A window in memory."""
-
-    histories: UserHistories
-    rows: Rows
-    lengths: Ints  # (R,) events that each row brings to a batch; the event after them is there as well
-    known_so_far: Ints  # (E+1,) events before each event that are items, not out-of-vocabulary rows
-
-    @classmethod
-    def read(cls, histories: UserHistories, lengths: Ints, window: Window) -> "_Loaded":
-        rows = Rows.concatenate([histories.read(int(group)) for group in window.row_groups])
-        bounds = histories.row_group_offsets
-        here = np.concatenate([lengths[bounds[group] : bounds[group + 1]] for group in window.row_groups])
-        known = np.cumsum(rows.item >= histories.meta.first_item, dtype=np.int64)
-        return cls(histories, rows, here, np.concatenate([np.zeros(1, np.int64), known]))
-
-    def training_batch(self, rows: Ints, share: Share, with_candidates: bool) -> Batch:
-        first_target = self.rows.offsets[rows] + 1
-        known = self.known_so_far[first_target + self.lengths[rows]] - self.known_so_far[first_target]
-        ours = share_of_rank(rows, self.lengths[rows], share.rank, share.world_size)
-        return collate(
-            self.rows.take(ours, self.lengths[ours]),
-            self.rows.item[ranges(self.rows.offsets[ours] + 1, self.lengths[ours])],
-            self.histories.meta,
-            global_targets=max(int(known.sum()), 1),
-            with_candidates=with_candidates,
-        )
-
-    def evaluation_batch(self, rows: Ints, share: Share) -> Batch:
-        asked = self._item_after(rows)
-        ours = share_of_rank(rows, self.lengths[rows], share.rank, share.world_size)
-        chosen = self.rows.take(ours, self.lengths[ours])
+    def _batch(self, rows: Rows, stretches: Stretches, after: Ints, batch: Ints) -> Batch:
+        ours = share_of_rank(batch, stretches.length[batch], self._share.rank, self._share.world_size)
+        chosen = stretches[ours].of(rows)
+        chosen = ending_in_mask(chosen) if self._asks_at_mask else chosen
         target_item = np.full(chosen.num_events, -1)
-        target_item[chosen.offsets[1:] - 1] = self._item_after(ours)
-        known = int((asked >= self.histories.meta.first_item).sum())
-        return collate(chosen, target_item, self.histories.meta, global_targets=max(known, 1), with_candidates=False)
+        target_item[chosen.offsets[1:] - 1] = after[ours]
+        meta = self._histories.meta
+        known = int((after[batch] >= meta.first_item).sum())
+        return collate(chosen, target_item, meta, global_targets=max(known, 1), with_candidates=False)
 
-    def _item_after(self, rows: Ints) -> Ints:
-        return self.rows.item[self.rows.offsets[rows] + self.lengths[rows]]
+
+def _read(histories: UserHistories, window: Window, of_row: Ints) -> tuple[Rows, Ints]:
+    """The rows of a window, and their part of an (R,) array of the data set."""
+    rows = Rows.concatenate([histories.read(int(group)) for group in window.row_groups])
+    bounds = histories.row_group_offsets
+    return rows, np.concatenate([of_row[bounds[group] : bounds[group + 1]] for group in window.row_groups])
+
+
+def ending_in_mask(rows: Rows) -> Rows:
+    """Each row with one more event after its last: at the same time, its item hidden. Rows have events."""
+    lengths = rows.lengths + 1
+    ends = np.cumsum(lengths)
+    there = np.arange(ends[-1] if len(ends) else 0) - np.repeat(np.arange(len(lengths)), lengths)
+    there[ends - 1] -= 1
+    item = rows.item[there]
+    item[ends - 1] = MASK
+    return replace(
+        rows,
+        item=item,
+        timestamp=rows.timestamp[there],
+        offsets=offsets_of(lengths),
+        event_columns={name: values[there] for name, values in rows.event_columns.items()},
+    )

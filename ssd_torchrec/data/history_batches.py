@@ -11,7 +11,7 @@ import numpy as np
 
 from ssd_torchrec.data.batch import Batch, collate
 from ssd_torchrec.data.batch_plan import BatchConfig, Window, evaluation_windows, share_of_rank
-from ssd_torchrec.data.batches import Share
+from ssd_torchrec.data.batches import Share, ending_in_mask
 from ssd_torchrec.data.parquet import UserHistories
 from ssd_torchrec.data.prefetch import prefetched
 from ssd_torchrec.data.rows import Ints, Rows
@@ -27,16 +27,25 @@ class HistoryBatch:
 
 
 class HistoryBatches:
-    """Batches of whole histories; a row without events takes no part.
+    """Batches of histories, whole or as long as the config has them; a row without events takes no part.
 
     Args:
         rows: (C,) chosen rows in the order of the files, ascending, each once.
+        asks_at_mask: histories end in a hidden event, at which the next item is asked for.
     """
 
-    def __init__(self, histories: UserHistories, rows: Ints, config: BatchConfig, share: Share | None = None) -> None:
+    def __init__(
+        self,
+        histories: UserHistories,
+        rows: Ints,
+        config: BatchConfig,
+        share: Share | None = None,
+        *,
+        asks_at_mask: bool = False,
+    ) -> None:
         assert (np.diff(rows) > 0).all(), "chosen rows ascend"
         self._histories, self._rows, self._config = histories, rows, config
-        self._share = share or Share()
+        self._share, self._asks_at_mask = share or Share(), asks_at_mask
         self._lengths = histories.counts[rows]
         self._bounds = np.searchsorted(rows, histories.row_group_offsets)  # of the row groups among the chosen rows
 
@@ -52,12 +61,14 @@ class HistoryBatches:
         groups = [int(group) for group in window.row_groups if self._bounds[group] < self._bounds[group + 1]]
         chosen = np.concatenate([np.arange(self._bounds[group], self._bounds[group + 1]) for group in groups])
         rows = Rows.concatenate([self._read(group) for group in groups])
+        stretches = window.stretches
         for at in window.batches:
-            ours = share_of_rank(at, rows.lengths[at], self._share.rank, self._share.world_size)
-            asked = rows.take(ours, rows.lengths[ours])
+            ours = share_of_rank(at, stretches.length[at], self._share.rank, self._share.world_size)
+            asked = stretches[ours].of(rows)
+            asked = ending_in_mask(asked) if self._asks_at_mask else asked
             nothing = np.full(asked.num_events, -1)
             batch = collate(asked, nothing, self._histories.meta, global_targets=1, with_candidates=False)
-            yield HistoryBatch(batch, chosen[ours], len(at))
+            yield HistoryBatch(batch, chosen[stretches.row[ours]], len(at))
 
     def _read(self, group: int) -> Rows:
         rows = self._histories.read(group)

@@ -77,9 +77,9 @@ class Rows:
             event_columns={name: values[events] for name, values in self.event_columns.items()},
         )
 
-    def take(self, rows: Ints, events: Ints) -> "Rows":
-        """The rows at these positions, in this order, each cut to its first `events` (one number a row)."""
-        there = ranges(self.offsets[rows], events)
+    def take(self, rows: Ints, events: Ints, skipped: Ints | int = 0) -> "Rows":
+        """The rows at these positions, in this order, each cut to its first `events` after those skipped."""
+        there = ranges(self.offsets[rows] + skipped, events)
         context = {name: bags.take(rows) for name, bags in self.context.items()}
         return Rows(
             user_id=self.user_id[rows],

@@ -31,6 +31,7 @@ TABLE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
 }
 MUON_LEAST = 16  # rows and columns; to orthogonalise less says little, such as a gate's 4 x 16
 UNDECAYED = {"A_log", "D", "dt_bias"}  # decay rates, skips and step sizes of an SSM: zero means nothing special to them
+LOOKED_UP = {"positions", "position_key", "position_value", "interval_key", "interval_value"}  # tables, not maps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,7 +53,7 @@ class DenseOptimizerConfig:
     """Added to Adam's denominator."""
 
     weight_decay: float = 0.0
-    """Weights lose this share times the learning rate a step; biases, norms, A_log, dt_bias and D never decay."""
+    """Weights lose this share times the learning rate a step; biases, norms, positions, A_log, dt_bias and D never."""
 
     clip_norm: float | None = None
     """Scale the dense gradients down to this global norm; tables are not clipped. None: never."""
@@ -144,7 +145,8 @@ def is_matrix(name: str, parameter: Tensor) -> bool:
 
 def decays(name: str, parameter: Tensor) -> bool:
     """Whether weight decay may pull this dense parameter to zero: matrices and convolutions only."""
-    return parameter.ndim > 1 and name.rpartition(".")[2] not in UNDECAYED
+    parts = name.split(".")
+    return parameter.ndim > 1 and parts[-1] not in UNDECAYED and not LOOKED_UP.intersection(parts)
 
 
 @torch.no_grad()

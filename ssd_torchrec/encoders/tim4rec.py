@@ -1,12 +1,13 @@
-"""TiM4Rec: SSD blocks whose steps are gated by the time between events; causal, jagged, streaming.
+"""TiM4Rec: SSD blocks whose steps are gated by the time between events; jagged, and causal and streaming by default.
 
     x = norm(dropout(events))
     for each layer:   r = norm(dropout(mixer(x, gate)) + x)      no "+ x" in an encoder of one layer
-                      x = feed_forward(r)
-The gates of all layers follow from the timestamps alone (`modules/time_gate.py`).
+                      x = feed_forward(r)                      or r, where it is switched off
+The gates of all layers follow from the timestamps alone: event by event (`modules/time_gate.py`), so that an output
+depends on the past of its row only; or as published, mapped and normalised along a window of the row
+(`modules/time_window.py`), where what lies ahead shows. Without gates it is what the paper calls SSD4Rec*.
 
-Source: Fan et al. 2024, TiM4Rec, arXiv:2409.16182, in the structure of its published code; what maps or normalises
-along the time axis there is done event by event here, so that an output depends on the past of its row only.
+Source: Fan et al. 2024, TiM4Rec, arXiv:2409.16182, in the structure of its published code.
 """
 
 from dataclasses import dataclass, replace
@@ -24,8 +25,9 @@ from ssd_torchrec.modules.feed_forward import FeedForward
 from ssd_torchrec.modules.short_conv import Activation, ConvInit
 from ssd_torchrec.modules.ssd_mixer import SSDMixer, SSDMixerConfig, SSDMixerState
 from ssd_torchrec.modules.time_gate import GapSignal, SignalMix, TimeGate, TimeGateConfig, TimeGateState
+from ssd_torchrec.modules.time_window import WindowTime, WindowTimeConfig
 
-TimeMode = Literal["causal", "none"]
+TimeMode = Literal["causal", "window", "none"]
 KNOWN = {"time_mode": get_args(TimeMode), "activation": get_args(Activation), "conv_init": get_args(ConvInit)}
 
 
@@ -66,14 +68,27 @@ class TiM4RecConfig(EncoderConfig):
     dropout: float = 0.2
     """Of events and of what each block adds to them."""
 
+    feed_forward: bool = True
+    """Whether a feed-forward follows each mixer."""
+
     time_mode: TimeMode = "causal"
-    """causal: gaps gate the steps, each event sees its past only; none: timestamps are ignored."""
+    """causal: gaps gate the steps, each event sees its past only; window: the published gates, for which an event's
+    whole row counts, later events included; none: timestamps are ignored."""
 
     time_hidden: int = 16
-    """Hidden units of a gate's MLP."""
+    """Hidden units of a causal gate's MLP."""
 
     time_dropout: float = 0.2
-    """Of a gate's hidden units."""
+    """Of a causal gate's hidden units, or of what the maps along a window read."""
+
+    window_length: int = 0
+    """Slots of the window, and events of the longest row; of time_mode window, else 0."""
+
+    mix_by_slot: bool = False
+    """One weight for each slot of the window, not one for each head, where the next layer's time signal is mixed."""
+
+    float32_timestamps: bool = False
+    """Round timestamps to 64 or 128 s, as the published loader does; of time_mode window."""
 
     log_gap_mean: float = 9.0
     """Mean of log1p(gap in s) over the training set; kept here so that serving normalises as training did."""
@@ -100,26 +115,45 @@ class TiM4RecConfig(EncoderConfig):
                 f"log_gap_mean must be finite and log_gap_std above 0, got {self.log_gap_mean} and {self.log_gap_std}; "
                 "a training set whose gaps are all alike has no time to learn from: take time_mode none"
             )
+        self._check_window()
         self.mixer()  # refuses heads that do not fit
+
+    def _check_window(self) -> None:
+        if (self.time_mode == "window") != (self.window_length > 0):
+            raise ConfigError(
+                f"window_length must be at least 1 under time_mode window and 0 under others, got {self.window_length} "
+                f"under {self.time_mode}; change either"
+            )
+        if self.time_mode != "window" and (self.mix_by_slot or self.float32_timestamps):
+            raise ConfigError(
+                "mix_by_slot and float32_timestamps must be off without a window, got one of them under time_mode "
+                f"{self.time_mode}; take time_mode window"
+            )
 
     @property
     def causal(self) -> bool:
-        """In every mode."""
-        return True
+        """Unless time is seen through a window."""
+        return self.time_mode != "window"
 
     @property
     def streams(self) -> bool:
-        """In every mode."""
-        return True
+        """Unless time is seen through a window, whose slots all move when an event comes."""
+        return self.causal
 
     @property
     def reads_time(self) -> bool:
         """Unless it is switched off."""
         return self.time_mode != "none"
 
+    @property
+    def length_cap(self) -> int:
+        """The slots of the window; 0 without."""
+        return self.window_length
+
     def with_gaps(self, log_gap_mean: float, log_gap_std: float) -> Self:
-        """The gate sees gaps normalised by these."""
-        return replace(self, log_gap_mean=log_gap_mean, log_gap_std=log_gap_std) if self.reads_time else self
+        """The causal gate sees gaps normalised by these; a window is normalised by itself."""
+        known = {"log_gap_mean": log_gap_mean, "log_gap_std": log_gap_std}
+        return replace(self, **known) if self.time_mode == "causal" else self
 
     def build(self) -> "TiM4Rec":
         """The encoder with new weights."""
@@ -147,16 +181,44 @@ class TiM4RecConfig(EncoderConfig):
             dropout=self.time_dropout,
         )
 
+    def window(self) -> WindowTimeConfig:
+        return WindowTimeConfig(
+            length=self.window_length,
+            heads=self.mixer().heads,
+            taps=self.taps,
+            activation=self.activation,
+            conv_init=self.conv_init,
+            norm_eps=self.norm_eps,
+            gap_dropout=self.dropout,
+            dropout=self.time_dropout,
+            mix_by_slot=self.mix_by_slot,
+            float32_timestamps=self.float32_timestamps,
+        )
+
+
+_ML_1M = TiM4RecConfig()
+_BEAUTY = TiM4RecConfig(dropout=0.4, time_dropout=0.0, norm_eps=1e-5, conv_init="uniform")
+_KUAIRAND = TiM4RecConfig(time_dropout=0.0, norm_eps=1e-10, conv_init="uniform")
+_STEAM = TiM4RecConfig(norm_eps=1e-10)
 
 PRESETS: dict[str, TiM4RecConfig] = {
-    "ml-1m-64d": TiM4RecConfig(),
-    "beauty-64d": TiM4RecConfig(dropout=0.4, time_dropout=0.0, norm_eps=1e-5, conv_init="uniform"),
-    "kuairand-64d": TiM4RecConfig(time_dropout=0.0, norm_eps=1e-10, conv_init="uniform"),
-    "steam-64d": TiM4RecConfig(norm_eps=1e-10),
+    "ml-1m-64d": _ML_1M,
+    "beauty-64d": _BEAUTY,
+    "kuairand-64d": _KUAIRAND,
+    "steam-64d": _STEAM,
     "ml-1m-256d": TiM4RecConfig(width=256, head_width=128, state=64),
+    "window-ml-1m-64d": replace(_ML_1M, time_mode="window", window_length=200),
+    "window-beauty-64d": replace(_BEAUTY, time_mode="window", window_length=50, mix_by_slot=True),
+    "window-kuairand-64d": replace(_KUAIRAND, time_mode="window", window_length=50),
+    "window-steam-64d": replace(_STEAM, time_mode="window", window_length=50),
+    "ssd4rec-star-ml-1m-64d": replace(_ML_1M, time_mode="none", conv_init="uniform"),
+    "ssd4rec-star-beauty-64d": replace(_BEAUTY, time_mode="none"),
+    "ssd4rec-star-kuairand-64d": replace(_KUAIRAND, time_mode="none"),
 }
 """The published sizes, with the dropout, epsilon and start of each. All with time, as the paper has them; the published
-settings of kuairand-64d and ml-1m-256d switch it off. log_gap_mean and log_gap_std are the data's: set them."""
+settings of kuairand-64d and ml-1m-256d switch it off. log_gap_mean and log_gap_std are the data's: set them.
+window: with the published gates. ssd4rec-star: SSD4Rec*, the paper's ablation; on ML-1M it also starts its convolutions
+as PyTorch does."""
 
 
 class TiM4RecState(NamedTuple):
@@ -209,7 +271,7 @@ class TiM4RecLayer(nn.Module):
         self.mixer = SSDMixer(config.mixer())
         self.dropout = Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.feed_forward = FeedForward(config.width, 4 * config.width, config.dropout)
+        self.feed_forward = FeedForward(config.width, 4 * config.width, config.dropout) if config.feed_forward else None
         self.has_residual = config.layers > 1
 
     def forward(
@@ -218,7 +280,8 @@ class TiM4RecLayer(nn.Module):
         """(T, D) and the (T, H) gate to (T, D), and what the mixer keeps."""
         mixed, after = self.mixer(x, gate, layout, state)
         mixed = self.dropout(mixed)
-        return self.feed_forward(self.norm(mixed + x if self.has_residual else mixed)), after
+        out = self.norm(mixed + x if self.has_residual else mixed)
+        return self.feed_forward(out) if self.feed_forward else out, after
 
 
 class TiM4Rec(StreamingEncoder[TiM4RecState]):
@@ -228,9 +291,10 @@ class TiM4Rec(StreamingEncoder[TiM4RecState]):
         super().__init__()
         self.config = config
         self.width = config.width
+        self.causal = config.causal
         self.dropout = Dropout(config.dropout)
         self.norm = nn.LayerNorm(config.width, eps=config.norm_eps)
-        self.time = TimeBranch(config) if config.time_mode == "causal" else None
+        self.time = _time_branch(config)
         self.layers = nn.ModuleList(TiM4RecLayer(config) for _ in range(config.layers))
 
     def forward(self, events: Tensor, timestamps: Tensor, layout: JaggedLayout) -> Tensor:
@@ -241,17 +305,23 @@ class TiM4Rec(StreamingEncoder[TiM4RecState]):
             timestamps: (T,) int64 unix seconds, ascending within each row; out of order they become NaN.
 
         Returns:
-            (T, D), each event's vector from it and earlier events of its row only, in the dtype of the parameters.
+            (T, D), each event's vector from it and earlier events of its row only, in the dtype of the parameters;
+            under time_mode window also from the times of later ones.
 
         Raises:
-            JaggedLayoutError: `events` or `timestamps` are not those of `layout`.
+            JaggedLayoutError: `events` or `timestamps` are not those of `layout`, or a row is longer than the window.
 
         Deterministic. With T = 0 every parameter still gets a gradient, of zeros.
         """
         return self._encode(events, timestamps, layout, None)[0]
 
     def initial_state(self, rows: int) -> TiM4RecState:
-        """Zeros: the state of rows that have seen nothing."""
+        """Zeros: the state of rows that have seen nothing.
+
+        Raises:
+            ConfigError: time is seen through a window.
+        """
+        self._check_streams()
         mixer, weight = self.config.mixer(), self.norm.weight
         layers, gates, tail = self.config.layers, len(self.time.gates) if self.time else 0, self.config.taps - 1
         seen = torch.zeros(rows, dtype=torch.int64, device=weight.device)
@@ -270,8 +340,10 @@ class TiM4Rec(StreamingEncoder[TiM4RecState]):
         """Go on from `state`; see `StreamingEncoder.append`.
 
         Raises:
+            ConfigError: time is seen through a window.
             JaggedLayoutError: events, timestamps or state are not those of `layout`.
         """
+        self._check_streams()
         if len(state.num_events) != layout.num_rows:
             raise JaggedLayoutError(
                 f"state must hold the {layout.num_rows} rows of the layout, got {len(state.num_events)}; "
@@ -289,13 +361,20 @@ class TiM4Rec(StreamingEncoder[TiM4RecState]):
             num_events=state.num_events + layout.offsets.diff(),
         )
 
+    def _check_streams(self) -> None:
+        if not self.config.streams:
+            raise ConfigError(
+                "only an encoder that sees the past alone goes on from a state, got time_mode window, where one more "
+                "event moves every slot; call forward on whole rows, or train with time_mode causal"
+            )
+
     def _encode(
         self, events: Tensor, timestamps: Tensor, layout: JaggedLayout, state: TiM4RecState | None
     ) -> tuple[Tensor, list[SSDMixerState], list[TimeGateState]]:
         """The one path of `forward` and `append`: vectors, and what mixers and gates keep (nothing without a state)."""
         layout.check(events)
         layout.check(timestamps)
-        gates, kept_by_gates = self.time(timestamps, layout, state) if self.time else ([], [])
+        gates, kept_by_gates = self._gates(timestamps, layout, state)
         x = self.norm(self.dropout(events))
         kept_by_mixers = []
         for depth, layer in enumerate(self.layers):
@@ -303,3 +382,66 @@ class TiM4Rec(StreamingEncoder[TiM4RecState]):
             x, kept = layer(x, gates[depth] if gates else None, layout, past)
             kept_by_mixers += [kept] if kept else []
         return x, kept_by_mixers, kept_by_gates
+
+    def _gates(
+        self, timestamps: Tensor, layout: JaggedLayout, state: TiM4RecState | None
+    ) -> tuple[list[Tensor], list[TimeGateState]]:
+        if self.time is None:
+            return [], []
+        if isinstance(self.time, TimeBranch):
+            return self.time(timestamps, layout, state)
+        return self.time(timestamps, layout), []
+
+
+def _time_branch(config: TiM4RecConfig) -> TimeBranch | WindowTime | None:
+    if config.time_mode == "window":
+        return WindowTime(config.window(), config.layers)
+    return TimeBranch(config) if config.time_mode == "causal" else None
+
+
+_BLOCK = {  # ours within a layer: published
+    "mixer.in_proj.weight": "ssd.in_proj.weight",
+    "mixer.in_proj.bias": "ssd.in_proj.bias",
+    "mixer.conv.weight": "ssd.conv1d.weight",
+    "mixer.conv.bias": "ssd.conv1d.bias",
+    "mixer.dt_bias": "ssd.dt_bias",
+    "mixer.A_log": "ssd.A_log",
+    "mixer.D": "ssd.D",
+    "mixer.norm_weight": "ssd.norm.weight",
+    "mixer.out_proj.weight": "ssd.out_proj.weight",
+    "mixer.out_proj.bias": "ssd.out_proj.bias",
+    "norm.weight": "layer_norm.weight",
+    "norm.bias": "layer_norm.bias",
+}
+_FEED_FORWARD = {"expand": "fc1", "contract": "fc2", "norm": "layer_norm"}
+_TIME = {  # ours, {} the layer: published within it
+    "gates.{}.hidden": "mlp4time_scale.1",
+    "gates.{}.alpha": "mlp4time_scale.3",
+    "gates.{}.first": "conv1d4time_1",
+    "gates.{}.second": "conv1d4time_2",
+    "mixes.{}.weigh": "time_gate_residual.1",
+    "mixes.{}.norm": "time_layer_norm",
+}
+
+
+def published_names(config: TiM4RecConfig) -> dict[str, str]:
+    """Name of each parameter here to its name in a state dict of the published program.
+
+    Raises:
+        ConfigError: gates are causal: the published program has no such parameters.
+    """
+    if config.time_mode == "causal":
+        raise ConfigError(
+            "only gates over a window, or none, were published, got time_mode causal; take time_mode window or none"
+        )
+    has_window = config.time_mode == "window"
+    names = {"norm": "in_layer_norm"} | ({"time.signal.norm": "layer_norm_time"} if has_window else {})
+    within = {}
+    for depth in range(config.layers):
+        within |= {f"layers.{depth}.{ours}": f"ssd_layers.{depth}.{theirs}" for ours, theirs in _BLOCK.items()}
+        if config.feed_forward:
+            ours, theirs = f"layers.{depth}.feed_forward.", f"ssd_layers.{depth}.ffn."
+            names |= {ours + part: theirs + published for part, published in _FEED_FORWARD.items()}
+        if has_window:
+            names |= {f"time.{o.format(depth)}": f"ssd_layers.{depth}.ssd.{t}" for o, t in _TIME.items()}
+    return within | {f"{ours}.{e}": f"{theirs}.{e}" for ours, theirs in names.items() for e in ("weight", "bias")}

@@ -16,6 +16,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torchrec import (
     EmbeddingBagCollection,
@@ -102,6 +103,26 @@ class FullSoftmaxLoss(nn.Module):
         total = item_softmax(queries, candidates, batch.target).sum()
         local = torch.stack([total.detach(), (batch.target >= 0).sum().to(total)])
         return total * (self.world_size / batch.global_targets), local
+
+
+class BinaryCrossEntropyLoss(nn.Module):
+    """Each target against one wrong item: -log sigmoid(target's score) - log sigmoid(-other's), averaged as above.
+
+    Source: Kang & McAuley 2018, SASRec, arXiv:1808.09781, section 3.6.
+    """
+
+    def __init__(self, world_size: int = 1) -> None:
+        super().__init__()
+        self.world_size = world_size
+
+    def forward(self, queries: Tensor, candidates: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """From (T, D) queries and (C, D) candidates, in fp32 or the dtype of both; returns as `FullSoftmaxLoss`."""
+        assert batch.negative is not None, "the objective draws negatives"
+        asked = batch.target >= 0
+        queries = queries[asked]
+        right, wrong = ((queries * candidates[of[asked]]).sum(-1) for of in (batch.target, batch.negative))
+        total = (F.softplus(-right) + F.softplus(wrong)).sum()
+        return total * (self.world_size / batch.global_targets), torch.stack([total.detach(), asked.sum().to(total)])
 
 
 class NextItemModel(nn.Module):

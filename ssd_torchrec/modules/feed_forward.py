@@ -1,7 +1,10 @@
-"""The layer after the mixer: two linear maps around a hard swish, added to what came in and normalised.
+"""The layer after the mixer: two linear maps around an activation, added to what came in and normalised.
 
-Source: Fan et al. 2024, TiM4Rec, arXiv:2409.16182, section 3.5, as its published code has it.
+Source: Fan et al. 2024, TiM4Rec, arXiv:2409.16182, section 3.5, as its published code has it, with hardswish; Qu et al.
+2024, SSD4Rec, arXiv:2409.01192, with GELU, and with the second dropout behind the norm.
 """
+
+from typing import Literal
 
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -9,12 +12,27 @@ from torch import Tensor, nn
 from ssd_torchrec.modules.dropout import Dropout
 from ssd_torchrec.modules.linear import Linear
 
+HiddenActivation = Literal["hardswish", "gelu"]
+_ACTIVATIONS = {"hardswish": F.hardswish, "gelu": F.gelu}
+
 
 class FeedForward(nn.Module):
-    """`norm(dropout(contract(dropout(hardswish(expand(x))))) + x)`, event by event."""
+    """`norm(dropout(contract(dropout(activation(expand(x))))) + x)`, event by event."""
 
-    def __init__(self, width: int, inner: int, dropout: float, norm_eps: float = 1e-12) -> None:
+    def __init__(
+        self,
+        width: int,
+        inner: int,
+        dropout: float,
+        norm_eps: float = 1e-12,
+        *,
+        activation: HiddenActivation = "hardswish",
+        drop_after_norm: bool = False,
+    ) -> None:
+        """With `drop_after_norm` it is `dropout(norm(contract(dropout(activation(expand(x)))) + x))`."""
         super().__init__()
+        self.activation: HiddenActivation = activation
+        self.drop_after_norm = drop_after_norm
         self.expand = Linear(width, inner)
         self.contract = Linear(inner, width)
         self.norm = nn.LayerNorm(width, eps=norm_eps)
@@ -25,5 +43,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(T, D) in, (T, D) out."""
-        hidden = self.dropout(F.hardswish(self.expand(x)))
+        hidden = self.dropout(_ACTIVATIONS[self.activation](self.expand(x)))
+        if self.drop_after_norm:
+            return self.dropout(self.norm(self.contract(hidden) + x))
         return self.norm(self.dropout(self.contract(hidden)) + x)

@@ -1,6 +1,7 @@
-"""A causal depthwise convolution over the events of each row, with its weights and its streaming tail.
+"""A depthwise convolution over the events of each row, with its weights and its streaming tail.
 
-K taps; tap K-1 meets the current event. Source: Dao & Gu 2024, arXiv:2405.21060, section 7.
+K taps; tap K-1 meets the current event, the others those before it, or, reversed, those after it.
+Source: Dao & Gu 2024, arXiv:2405.21060, section 7.
 """
 
 import math
@@ -19,10 +20,13 @@ ConvInit = Literal["uniform", "kaiming"]
 class ShortConv(nn.Module):
     """`activation(conv(x) + bias)`, each channel alone, never across rows."""
 
-    def __init__(self, channels: int, taps: int, activation: Activation, init: ConvInit = "uniform") -> None:
+    def __init__(
+        self, channels: int, taps: int, activation: Activation, init: ConvInit = "uniform", *, reverse: bool = False
+    ) -> None:
         """Start uniform within 1/sqrt(K), as PyTorch does, or as the fan-out Kaiming rule has it: normal, no bias."""
         super().__init__()
         self.activation: Activation = activation
+        self.reverse = reverse
         self.weight = nn.Parameter(torch.empty(channels, taps))
         self.bias = nn.Parameter(torch.empty(channels))
         bound = 1 / math.sqrt(taps)
@@ -37,14 +41,14 @@ class ShortConv(nn.Module):
         """Convolve (T, C) events of rows that start afresh, or of rows that go on.
 
         Args:
-            tail: (B, K-1, C) the last inputs before each row, oldest first; None for rows that start afresh.
+            tail: (B, K-1, C) the last inputs before each row, oldest first; None for rows that start afresh, and of a
+                reversed one.
 
         Returns:
             (T, C) in the dtype of `x`, and the tail to go on with in the dtype of `tail`, None without one.
         """
+        options = {"activation": self.activation, "reverse": self.reverse}
         if tail is None:
-            return short_conv(x, self.weight, self.bias, layout, activation=self.activation), None
-        y, after = short_conv(
-            x, self.weight, self.bias, layout, activation=self.activation, tail=tail.to(x.dtype), return_tail=True
-        )
+            return short_conv(x, self.weight, self.bias, layout, **options), None
+        y, after = short_conv(x, self.weight, self.bias, layout, **options, tail=tail.to(x.dtype), return_tail=True)
         return y, after.to(tail.dtype)

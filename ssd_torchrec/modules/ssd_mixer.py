@@ -60,12 +60,17 @@ class SSDMixerConfig:
     norm_eps: float = 1e-12
     """Of the gated norm."""
 
+    bias: bool = True
+    """Whether both projections have a bias."""
+
     def __post_init__(self) -> None:
         if self.inner % self.head_width:
             raise ConfigError(
                 f"expand * width = {self.inner} must split into heads of {self.head_width} channels; "
                 "make it a multiple of head_width"
             )
+        if self.raw_step and not self.bias:
+            raise ConfigError(f"raw_step must be 0 in a mixer without bias, got {self.raw_step}; it is a bias")
 
     @property
     def inner(self) -> int:
@@ -95,17 +100,19 @@ class SSDBlock(nn.Module):
         super().__init__()
         self.config = config
         steps = math.prod(step_shape)
-        self.in_proj = Linear(config.width, config.inner + config.conv_channels + steps)
+        self.in_proj = Linear(config.width, config.inner + config.conv_channels + steps, bias=config.bias)
         self.conv = ShortConv(config.conv_channels, config.taps, config.activation, config.conv_init)
         self.dt_bias = nn.Parameter(inverse_softplus(_log_uniform(step_shape, *STEP_RANGE)) - config.raw_step)
         self.A_log = nn.Parameter(torch.empty(step_shape).uniform_(*RATE_RANGE).log())
         self.D = nn.Parameter(torch.ones(config.heads))
         self.norm_weight = nn.Parameter(torch.ones(config.inner))
-        self.out_proj = Linear(config.inner, config.width)
+        self.out_proj = Linear(config.inner, config.width, bias=config.bias)
         for linear in (self.in_proj, self.out_proj):
             nn.init.normal_(linear.weight, std=0.02)
-            nn.init.zeros_(linear.bias)
-        nn.init.constant_(self.in_proj.bias[-steps:], config.raw_step)
+            if config.bias:
+                nn.init.zeros_(linear.bias)
+        if config.bias:
+            nn.init.constant_(self.in_proj.bias[-steps:], config.raw_step)
 
     def _project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """(T, D) to z (T, E), xBC (T, E+2N) and the raw steps (T, *step_shape), these in the dtype of `A_log`."""

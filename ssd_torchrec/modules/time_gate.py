@@ -98,6 +98,9 @@ class TimeGateConfig:
     dropout: float = 0.0
     """Share of hidden units dropped in training."""
 
+    reverse: bool = False
+    """See the events after an event, not those before it, as a gate of steps backward has to; it cannot stream."""
+
 
 class TimeGateState(NamedTuple):
     """What a gate keeps of each row to go on with it."""
@@ -114,8 +117,8 @@ class TimeGate(nn.Module):
         self.hidden = nn.Linear(config.heads, config.hidden)
         self.alpha = nn.Linear(config.hidden, config.heads)
         self.dropout = Dropout(config.dropout)
-        self.first = ShortConv(config.heads, config.taps, config.activation)
-        self.second = ShortConv(config.heads, config.taps, config.activation)
+        self.first = ShortConv(config.heads, config.taps, config.activation, reverse=config.reverse)
+        self.second = ShortConv(config.heads, config.taps, config.activation, reverse=config.reverse)
         self._open()
 
     @torch.no_grad()

@@ -6,12 +6,12 @@ from ssd_torchrec.data.schema import DatasetMeta
 from ssd_torchrec.distributed.process import World
 from ssd_torchrec.distributed.shard import Trainable, Workload, shard
 from ssd_torchrec.distributed.tables import seed_of
-from ssd_torchrec.encoders.tim4rec import TiM4Rec
 from ssd_torchrec.errors import ConfigError
-from ssd_torchrec.models.next_item import FullSoftmaxLoss, NextItemModel, TablesConfig
+from ssd_torchrec.models.next_item import BinaryCrossEntropyLoss, FullSoftmaxLoss, NextItemModel, TablesConfig
 from ssd_torchrec.training.config import RunConfig
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
+LOSSES = {"softmax": FullSoftmaxLoss, "bce": BinaryCrossEntropyLoss}
 
 
 def build(config: RunConfig, meta: DatasetMeta, world: World) -> Trainable:
@@ -28,8 +28,8 @@ def build(config: RunConfig, meta: DatasetMeta, world: World) -> Trainable:
     torch.manual_seed(seed_of("weights", config.training.seed))
     model = NextItemModel(
         tables,
-        TiM4Rec(config.encoder),
-        FullSoftmaxLoss(world.size),
+        config.encoder.build(),
+        LOSSES[config.objective.loss](world.size),
         table_device="meta",  # `shard` allocates and fills them; real ones would draw from the generator meanwhile
         autocast_dtype=AUTOCAST[config.training.precision],
     )

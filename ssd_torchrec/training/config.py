@@ -1,12 +1,14 @@
 """What a run is: one frozen value, printed to config.json, overridable field by field from the command line."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Literal
 
 from ssd_torchrec.data.batch_plan import BatchConfig
+from ssd_torchrec.data.objective import ObjectiveConfig
 from ssd_torchrec.data.split import LeaveOneOut, Split, SplitByTime
 from ssd_torchrec.distributed.shard import DenseOptimizerConfig, ShardingConfig
-from ssd_torchrec.encoders.tim4rec import PRESETS as TIM4REC_PRESETS
+from ssd_torchrec.encoders.bi_tim4rec import BiTiM4RecConfig
+from ssd_torchrec.encoders.registry import AnyEncoderConfig
 from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
 from ssd_torchrec.errors import ConfigError
 
@@ -28,7 +30,10 @@ class DataConfig:
     """Split by time: unix seconds at which the test begins."""
 
     tokens_per_batch: int = 4096
-    """Events of one global batch, over all ranks. A longer history is a batch of its own; nothing is cut."""
+    """Events of one global batch, over all ranks. A longer history is a batch of its own."""
+
+    max_length: int = 0
+    """Newest events of a history that the encoder sees, in training and after; 0 for as many as it takes."""
 
     window_events: int = 2**22
     """Events held in memory at once, about; batches are formed within such a window of shuffled row groups."""
@@ -46,6 +51,7 @@ class DataConfig:
             tokens_per_batch=self.tokens_per_batch,
             window_events=self.window_events,
             length_noise=self.length_noise,
+            max_length=self.max_length,
             seed=seed,
         )
 
@@ -127,8 +133,11 @@ class RunConfig:
     output: str = "./runs"
     """Where runs are kept."""
 
-    encoder: TiM4RecConfig = field(default_factory=TiM4RecConfig)
+    encoder: AnyEncoderConfig = field(default_factory=TiM4RecConfig)
     """The sequence encoder; its width is the width of the tables."""
+
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    """What training asks of it."""
 
     data: DataConfig = field(default_factory=DataConfig)
     """Histories and split."""
@@ -150,50 +159,38 @@ class RunConfig:
     """Train a second time with the time gate off and print both."""
 
     def __post_init__(self) -> None:
-        if self.also_without_time and self.encoder.time_mode == "none":
+        if self.also_without_time and not self.can_go_without_time:
             raise ConfigError(
-                "also-without-time compares with a time gate, got encoder.time-mode none; drop one of them"
+                f"also-without-time compares with a time gate, got {self.encoder.title} without one of its own or with "
+                "published gates; drop one of them"
+            )
+        if self.objective.targets == "all" and not self.encoder.causal:
+            raise ConfigError(
+                f"objective.targets must be sampled or masked for {self.encoder.title} as it is configured: its output "
+                "at an event has seen later events of the row, so with all targets it would be told what it is asked"
+            )
+        if 0 < self.encoder.length_cap < self.data.max_length:
+            raise ConfigError(
+                f"data.max_length must be at most the {self.encoder.length_cap} events that the encoder takes, got "
+                f"{self.data.max_length}; lower it, or raise the encoder's own"
             )
 
+    @property
+    def can_go_without_time(self) -> bool:
+        """Whether the encoder is also one without its time gate."""
+        return isinstance(self.encoder, TiM4RecConfig | BiTiM4RecConfig) and self.encoder.time_mode in (
+            "causal",
+            "both",
+        )
 
-def generated_run() -> RunConfig:
-    """The default job: learns the generated law in about a minute on two cores; docs/decisions.md has what lost."""
-    return RunConfig(
-        encoder=TiM4RecConfig(dropout=0.1, time_dropout=0.1),
-        data=DataConfig(tokens_per_batch=2048),
-        dense=DenseOptimizerConfig(learning_rate=5e-3, clip_norm=1.0),
-        training=TrainingConfig(epochs=8),
-    )
+    @property
+    def max_length(self) -> int:
+        """Newest events of a history that the encoder sees; 0 for all."""
+        return self.data.max_length or self.encoder.length_cap
 
-
-def ml_1m_run() -> RunConfig:
-    """MovieLens-1M to its best with 64 channels; docs/decisions.md has what lost."""
-    return RunConfig(
-        encoder=replace(TIM4REC_PRESETS["ml-1m-64d"], dropout=0.15, time_dropout=0.1),
-        data=DataConfig(tokens_per_batch=2048),
-        sharding=ShardingConfig(optimizer="rowwise_adagrad", learning_rate=0.1),
-        dense=DenseOptimizerConfig(optimizer="muon", learning_rate=4e-3, clip_norm=1.0),
-        training=TrainingConfig(epochs=40, warmup_steps=200, evaluate_every=4, checkpoint_every=1000),
-    )
-
-
-def beauty_run() -> RunConfig:
-    """Amazon Beauty to its best with 64 channels: few events an item, so few epochs."""
-    return RunConfig(
-        encoder=TIM4REC_PRESETS["beauty-64d"],
-        data=DataConfig(tokens_per_batch=2048),
-        sharding=ShardingConfig(optimizer="rowwise_adagrad", learning_rate=0.05),
-        dense=DenseOptimizerConfig(optimizer="muon", learning_rate=4e-3, clip_norm=1.0),
-        training=TrainingConfig(epochs=16, warmup_steps=200),
-    )
-
-
-def presets() -> dict[str, tuple[str, RunConfig]]:
-    """Runs by name, each with a line about it: the generated default, and the published sizes for data of your own."""
-    runs = {"tim4rec": ("TiM4Rec, 64 wide, on the generated data that needs time", generated_run())}
-    recipes = {"ml-1m-64d": ml_1m_run(), "beauty-64d": beauty_run()}
-    for name, encoder in TIM4REC_PRESETS.items():
-        run = recipes.get(name) or replace(RunConfig(), encoder=encoder)
-        trained = "trained to its best" if name in recipes else "at its published size"
-        runs[f"tim4rec-{name}"] = (f"TiM4Rec {trained} for {name}; give --data.path", run)
-    return runs
+    @property
+    def max_asked(self) -> int:
+        """The same when the next item is asked for: a hidden event after the last takes a place."""
+        if self.max_length == 1 and self.objective.asks_at_mask:
+            raise ConfigError("histories must be of 2 events for masked targets, got a max_length of 1; raise it")
+        return max(self.max_length - self.objective.asks_at_mask, 0)

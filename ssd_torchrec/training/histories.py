@@ -5,6 +5,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from ssd_torchrec.data.batch_plan import BatchConfig
 from ssd_torchrec.data.batches import EvaluationBatches, Share, TrainingBatches
 from ssd_torchrec.data.generate import generate
 from ssd_torchrec.data.parquet import UserHistories, open_dataset
@@ -41,12 +42,15 @@ class Histories:
 
     def training(self, config: RunConfig, world: World) -> TrainingBatches:
         """This rank's share of the training batches."""
-        return TrainingBatches(self.histories, self.spans, config.data.batches(config.training.seed), _share(world))
+        batches = replace(config.data.batches(config.training.seed), max_length=config.max_length)
+        return TrainingBatches(self.histories, self.spans, batches, _share(world), config.objective)
 
-    def asked(self, stage: Stage, config: EvaluationConfig, world: World) -> EvaluationBatches:
+    def asked(self, stage: Stage, config: RunConfig, evaluation: EvaluationConfig, world: World) -> EvaluationBatches:
         """This rank's share of the histories that a stage asks about."""
-        batches = replace(DataConfig(), tokens_per_batch=config.tokens_per_batch).batches(seed=0)
-        return EvaluationBatches(self.histories, self.spans, stage, batches, _share(world))
+        batches = BatchConfig(tokens_per_batch=evaluation.tokens_per_batch, max_length=config.max_asked)
+        return EvaluationBatches(
+            self.histories, self.spans, stage, batches, _share(world), asks_at_mask=config.objective.asks_at_mask
+        )
 
     def attainable(self, data: DataConfig, evaluation: EvaluationConfig, *, timed: bool = True) -> Scores | None:
         """The best scores the data permits under this protocol, where they are known: generated data, leave-one-out.

@@ -61,7 +61,8 @@ class RecommendConfig:
     """Data set that knows users and items; empty: the one the checkpoint was trained on."""
 
     tokens_per_batch: int = 16384
-    """Events encoded at a time, over all ranks. A longer history is a batch of its own; nothing is cut."""
+    """Events encoded at a time, over all ranks. A longer history is a batch of its own; none is cut shorter than the
+    run had it."""
 
     users_per_pass: int = 16384
     """Users, about and over all ranks, for whom the catalogue passes by once."""
@@ -133,7 +134,10 @@ def recommend(path: Path, users: Path, output: Path, config: RecommendConfig, wo
         assert isinstance(trainable.module, NextItemModel)
         started_s = time.monotonic()
         rows, answer_of = np.unique(asked.row, return_inverse=True)
-        keys = _answers(trainable.module, histories, rows, config, world)
+        plan = BatchConfig(tokens_per_batch=config.tokens_per_batch, max_length=run.max_asked)
+        share = Share(rank=world.rank, world_size=world.size)
+        batches = HistoryBatches(histories, rows, plan, share, asks_at_mask=run.objective.asks_at_mask)
+        keys = _answers(trainable.module, batches, len(rows), config, world)
         with all_or_none(f"writing {output}", DataError):
             counts = np.zeros(0, np.int64)
             if world.rank == 0:
@@ -186,13 +190,11 @@ def _ask(
     return asked, known if asked.folder == known.folder else open_dataset(asked.folder)
 
 
-def _answers(model: NextItemModel, histories: UserHistories, rows: Ints, config: RecommendConfig, world: World) -> Ints:
+def _answers(model: NextItemModel, asked: HistoryBatches, num_rows: int, config: RecommendConfig, world: World) -> Ints:
     """Keys of the best items of each of these rows, on every rank: (C, min(k, V)) int64. Collective."""
-    plan = BatchConfig(tokens_per_batch=config.tokens_per_batch)
-    asked = HistoryBatches(histories, rows, plan, Share(rank=world.rank, world_size=world.size))
-    answers = np.full((len(rows), min(config.k, model.tables.num_items)), NOTHING)
+    answers = np.full((num_rows, min(config.k, model.tables.num_items)), NOTHING)
     bar = Progress(disable=world.rank > 0 or not sys.stdout.isatty(), transient=True)
-    task = bar.add_task("users", total=len(rows))
+    task = bar.add_task("users", total=num_rows)
     model.eval()
     with torch.no_grad(), bar:  # inference mode hides the keys under which FBGEMM registers its CPU lookups
         for parts in _passes(asked, config.users_per_pass):

@@ -22,6 +22,9 @@ from ssd_torchrec.distributed.collectives import sum_over_ranks
 from ssd_torchrec.distributed.pipeline import pipelined
 from ssd_torchrec.distributed.process import World, all_or_none
 from ssd_torchrec.distributed.shard import Trainable, set_learning_rate
+from ssd_torchrec.encoders.bi_tim4rec import BiTiM4RecConfig
+from ssd_torchrec.encoders.registry import name_of
+from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
 from ssd_torchrec.errors import CheckpointError, ConfigError, DivergedError
 from ssd_torchrec.models.next_item import NextItemModel
 from ssd_torchrec.training.build import build
@@ -51,12 +54,13 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         Interrupted: SIGTERM came; the run is saved.
     """
     data = Histories.open(config, world)
-    if config.encoder.time_mode != "none":
-        mean, std = log_gap_statistics(data.histories, data.spans)
-        config = replace(config, encoder=replace(config.encoder, log_gap_mean=mean, log_gap_std=std))
+    if config.encoder.reads_time:
+        gaps = log_gap_statistics(data.histories, data.spans)
+        config = replace(config, encoder=config.encoder.with_gaps(*gaps))
     folder = Path(config.output) / config.name
     result = Run(config, folder, data, world).train("with time" if config.also_without_time else "training")
     if config.also_without_time:
+        assert isinstance(config.encoder, TiM4RecConfig | BiTiM4RecConfig)
         blind = replace(config, encoder=replace(config.encoder, time_mode="none"), also_without_time=False)
         other = Run(blind, folder / WITHOUT_TIME, data, world).train("without time")
         result["without_time"] = {stage: other[stage] for stage in STAGES}
@@ -106,10 +110,10 @@ class Run:
 
     def _announcement(self) -> str:
         """What is about to be trained on, and how, in a few lines."""
-        meta, counts = self.data.histories.meta, self.data.spans.counts()
+        meta, batches = self.data.histories.meta, self.training.count(0)
         lines = [
             f"data    {meta.name}: {meta.num_users:,} users, {meta.num_items:,} items, {meta.num_events:,} events",
-            f"        {counts.training_targets:,} training targets an epoch, in about {self.training.count(0)} batches",
+            f"        {self.training_targets:,.0f} training targets an epoch, in about {batches} batches",
         ]
         unknown = unknown_targets(self.data.histories, self.data.spans)
         if any(unknown.values()):
@@ -172,14 +176,14 @@ class Run:
         )
 
     def _assess(self, stage: Stage) -> tuple[dict[str, float], dict[str, float]]:
-        return assess(self.trainable, self.data, stage, self.config.evaluation, self.world)
+        return assess(self.trainable, self.data, stage, self.config, self.config.evaluation, self.world)
 
     def _result(self, position: Position, loop: TrainingLoop) -> dict[str, Any]:
         figures, popular = {}, {}
         for stage in STAGES:
             figures[stage], popular[stage] = self._assess(stage)
         return {
-            "model": "tim4rec",
+            "model": name_of(self.config.encoder),
             "data": self.data.histories.meta.name,
             "seed": self.config.training.seed,
             "epochs": position.epoch,
@@ -199,24 +203,29 @@ class Run:
         }
 
     @property
-    def training_targets(self) -> int:
-        """Targets of an epoch."""
-        return self.data.spans.counts().training_targets
+    def training_targets(self) -> float:
+        """Targets of an epoch; those expected, where the objective draws them."""
+        return self.config.objective.num_targets(self.data.spans.counts())
 
 
 def assess(
-    trainable: Trainable, data: Histories, stage: Stage, config: EvaluationConfig, world: World
+    trainable: Trainable,
+    data: Histories,
+    stage: Stage,
+    config: RunConfig,
+    evaluation: EvaluationConfig,
+    world: World,
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Figures of a model and of the most-popular baseline on a stage's users. Collective."""
     module = trainable.module
     assert isinstance(module, NextItemModel)
     return evaluate(
         module,
-        (batch.to(world.device) for batch in data.asked(stage, config, world)),
+        (batch.to(world.device) for batch in data.asked(stage, config, evaluation, world)),
         data.counts,
         partial(sum_over_ranks, world=world),
-        filter_seen=config.filter_seen,
-        candidates_per_chunk=config.candidates_per_chunk,
+        filter_seen=evaluation.filter_seen,
+        candidates_per_chunk=evaluation.candidates_per_chunk,
     )
 
 
@@ -263,9 +272,9 @@ def evaluate_checkpoint(path: Path, data_path: str, evaluation: EvaluationConfig
     data = Histories.open(config, world)
     trainable = build(config, data.histories.meta, world)
     load_weights(checkpoint, trainable, vocabulary=data.histories.meta.item_vocabulary_hash)
-    result: dict[str, Any] = {"model": "tim4rec", "data": data.histories.meta.name, "most_popular": {}}
+    result: dict[str, Any] = {"model": name_of(config.encoder), "data": data.histories.meta.name, "most_popular": {}}
     for stage in STAGES:
-        result[stage], result["most_popular"][stage] = assess(trainable, data, stage, evaluation, world)
+        result[stage], result["most_popular"][stage] = assess(trainable, data, stage, config, evaluation, world)
     result["attainable"] = data.attainable(config.data, evaluation)
     if world.rank == 0:
         print_results(result)

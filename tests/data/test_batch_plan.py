@@ -26,7 +26,7 @@ def plan(groups, config, epoch=0, evaluation=False):
     batches = []
     for window in windows:
         rows = np.concatenate([np.arange(bounds[g], bounds[g + 1]) for g in window.row_groups])
-        batches += [rows[batch].tolist() for batch in window.batches]
+        batches += [rows[window.stretches.row[batch]].tolist() for batch in window.batches]
     return lengths, batches
 
 

@@ -1,94 +1,127 @@
-"""Against the numbers of the published program: the encoder without time, and its layers under the published gates."""
+"""Weights to and from the published programs' names; `tests/test_parity.py` says whether they then mean the same."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from ssd_torchrec.encoders.tim4rec import TiM4Rec, TiM4RecConfig
-from ssd_torchrec.jagged import JaggedLayout
-from tests.golden import assert_golden, golden_cases, golden_tensors
+from ssd_torchrec.encoders import mamba4rec, recmamba, ssd4rec, tim4rec
+from ssd_torchrec.encoders.encoder import Encoder, EncoderConfig
+from ssd_torchrec.encoders.published import ITEM_TABLES, PUBLISHED_NAMES, load_published, published_state
+from ssd_torchrec.errors import CheckpointError, ConfigError
 
-NAMES = {  # published name within a layer: ours
-    "ssd.in_proj": "mixer.in_proj",
-    "ssd.conv1d": "mixer.conv",
-    "ssd.dt_bias": "mixer.dt_bias",
-    "ssd.A_log": "mixer.A_log",
-    "ssd.D": "mixer.D",
-    "ssd.norm.weight": "mixer.norm_weight",
-    "ssd.out_proj": "mixer.out_proj",
-    "layer_norm": "norm",
-    "ffn.fc1": "feed_forward.expand",
-    "ffn.fc2": "feed_forward.contract",
-    "ffn.layer_norm": "feed_forward.norm",
+TIM4REC = tim4rec.TiM4RecConfig(width=8, head_width=4, state=3, time_mode="none")
+CONFIGS: dict[str, EncoderConfig] = {
+    "tim4rec-window": replace(TIM4REC, time_mode="window", window_length=5),
+    "tim4rec-mix-by-slot": replace(TIM4REC, time_mode="window", window_length=5, mix_by_slot=True, layers=1),
+    "tim4rec-no-time": TIM4REC,
+    "tim4rec-no-feed-forward": replace(TIM4REC, feed_forward=False),
+    "ssd4rec": ssd4rec.SSD4RecConfig(width=8, head_width=4, state=3),
+    "ssd4rec-raw": ssd4rec.SSD4RecConfig(width=8, head_width=4, state=3, layers=1, norm_embedding=False),
+    "mamba4rec": mamba4rec.Mamba4RecConfig(width=8, state=3, layers=2),
+    "recmamba": recmamba.RecMambaConfig(width=8, state=3, max_length=5),
+    "recmamba-without-positions": recmamba.RecMambaConfig(width=8, state=3, positions="none"),
 }
-TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-5}
+SMALL = CONFIGS["ssd4rec"]
 
 
-def published(case: dict[str, Any], tensors: dict[str, Tensor], dtype: torch.dtype) -> TiM4Rec:
-    """The encoder without time, holding the weights of the case."""
-    shape = case["config"]
-    config = TiM4RecConfig(
-        width=shape["hidden_size"],
-        layers=shape["num_layers"],
-        expand=shape["expand"],
-        head_width=shape["head_dim"],
-        state=shape["d_state"],
-        taps=shape["d_conv"],
-        activation=shape["conv_activation"],
-        norm_eps=shape["norm_eps"],
-        time_mode="none",
-    )
-    net = TiM4Rec(config)
-    net.load_state_dict(
-        {"norm." + end: tensors[f"param.in_layer_norm.{end}"] for end in ("weight", "bias")}, strict=False
-    )
-    for depth, layer in enumerate(net.layers):
-        layer.load_state_dict(_layer_weights(tensors, f"param.ssd_layers.{depth}."))
-    return net.to(dtype).eval()
+def names_of(config: EncoderConfig) -> dict[str, str]:
+    return PUBLISHED_NAMES[config.title](config)
 
 
-def _layer_weights(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    weights = {}
-    for theirs, ours in NAMES.items():
-        for name, tensor in tensors.items():
-            if name == prefix + theirs or name.startswith(f"{prefix}{theirs}."):
-                weights[ours + name.removeprefix(prefix + theirs)] = tensor.squeeze(1) if tensor.ndim == 3 else tensor
-    return weights
+def built(config: EncoderConfig, seed: int) -> Encoder:
+    torch.manual_seed(seed)
+    net = config.build()
+    for parameter in net.parameters():
+        torch.nn.init.normal_(parameter)
+    return net
 
 
-def jagged(padded: Tensor, lengths: Tensor) -> Tensor:
-    """(B, longest, ...) to (T, ...)."""
-    return padded[torch.arange(padded.shape[1]) < lengths[:, None]]
+def saved(config: EncoderConfig) -> dict[str, Tensor]:
+    """A published state: its tensors random, its item table of 7 rows."""
+    net, table = built(config, 0), torch.randn(7, config.width)
+    return published_state(net, names_of(config), table, ITEM_TABLES[config.title])
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", golden_cases("B0"))
-def test_without_time_it_is_the_published_encoder(case, dtype):
-    if case["config"]["is_time"]:
-        pytest.skip("this case has time")
-    tensors = golden_tensors(case)
-    net, lengths = published(case, tensors, dtype), tensors["input.item_seq_len"]
-    events = tensors["param.item_embedding.weight"][jagged(tensors["input.item_seq"], lengths)].to(dtype)
-    layout = JaggedLayout.from_lengths(lengths)
-    got = net(events, torch.zeros(len(events), dtype=torch.int64), layout)[layout.last_event]
-    assert_golden("readout", got, tensors["expected.readout"], TOLERANCE[dtype])
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_there_and_back_nothing_changes(config):
+    state, net = saved(config), built(config, 1)
+    table = load_published(net, names_of(config), state)
+    again = published_state(net, names_of(config), table, ITEM_TABLES[config.title])
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    original = built(config, 0).state_dict()
+    assert all(torch.equal(original[name], tensor) for name, tensor in net.state_dict().items())
 
 
-GATED = [case for prefix in ("A", "B04") for case in golden_cases(prefix)]
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+def test_convolutions_have_the_middle_dimension_of_pytorch(config):
+    convolutions = {name: t for name, t in saved(config).items() if "conv1d" in name and name.endswith("weight")}
+    assert convolutions
+    assert all(tensor.shape[1:] == (1, 4) for tensor in convolutions.values())
 
 
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-@pytest.mark.parametrize("case", GATED)
-def test_under_the_published_gates_layers_are_the_published_layers(case, dtype):
-    if not case["config"]["is_ffn"] or case["mode"] != "eval":
-        pytest.skip("not this encoder: no feed-forward, or one draw of dropout")
-    tensors = golden_tensors(case)
-    net, lengths = published(case, tensors, dtype), tensors["input.item_seq_len"]
-    layout = JaggedLayout.from_lengths(lengths)
-    x = net.norm(tensors["param.item_embedding.weight"][jagged(tensors["input.item_seq"], lengths)].to(dtype))
-    for depth, layer in enumerate(net.layers):
-        gate = jagged(tensors[f"expected.time_gate.{depth}"], lengths).to(dtype)
-        x, _ = layer(x, gate, layout, None)
-        assert_golden(f"layer {depth}", x, jagged(tensors[f"expected.layer_out.{depth}"], lengths), TOLERANCE[dtype])
+def test_the_item_table_comes_back_as_it_came():
+    state = saved(SMALL)
+    table = load_published(built(SMALL, 1), names_of(SMALL), state)
+    assert torch.equal(table, state["item_embedding.weight"])
+
+
+def test_weights_take_the_dtype_of_the_encoder():
+    net = built(SMALL, 1).double()
+    load_published(net, names_of(SMALL), saved(SMALL))
+    assert {p.dtype for p in net.parameters()} == {torch.float64}
+
+
+def with_state(**changes: Any) -> dict[str, Tensor]:
+    state = saved(SMALL)
+    for name, tensor in changes.items():
+        if tensor is None:
+            del state[name]
+        else:
+            state[name] = tensor
+    return state
+
+
+REFUSED = {
+    "missing": ({"LayerNorm.bias": None}, r"\['LayerNorm.bias'\] missing and none unknown"),
+    "unknown": ({"head.weight": torch.ones(1)}, r"none missing and \['head.weight'\] unknown"),
+    "no-table": ({"item_embedding.weight": None}, r"\['item_embedding.weight'\] missing"),
+    "shape": ({"LayerNorm.bias": torch.ones(9)}, r"LayerNorm.bias must be \(8,\), got \(9,\)"),
+    "flat-conv": (
+        {"BiSSD_layers.0.forward_ssd.conv1d.weight": torch.ones(22, 4)},
+        r"conv1d.weight must be \(22, 1, 4\), got \(22, 4\)",
+    ),
+    "narrow-table": (
+        {"item_embedding.weight": torch.ones(7, 9)},
+        r"item_embedding.weight must be \(V, 8\), got \(7, 9\)",
+    ),
+    "table-of-numbers": ({"item_embedding.weight": torch.ones(7)}, r"must be \(V, 8\), got \(7,\)"),
+}
+
+
+@pytest.mark.parametrize(("changes", "message"), REFUSED.values(), ids=REFUSED)
+def test_what_is_not_the_encoders_is_refused_and_nothing_is_filled(changes, message):
+    net = built(SMALL, 1)
+    before = {name: tensor.clone() for name, tensor in net.state_dict().items()}
+    with pytest.raises(CheckpointError, match=message):
+        load_published(net, names_of(SMALL), with_state(**changes))
+    assert all(torch.equal(before[name], tensor) for name, tensor in net.state_dict().items())
+
+
+def test_a_table_of_another_width_does_not_go_back_either():
+    with pytest.raises(CheckpointError, match=r"item_embedding.weight must be \(V, 8\), got \(7, 9\)"):
+        published_state(built(SMALL, 0), names_of(SMALL), torch.ones(7, 9))
+
+
+def test_names_of_another_config_are_refused():
+    one_layer = replace(SMALL, layers=1)
+    with pytest.raises(ConfigError, match=r"names must be those of the encoder's parameters, got \['layers\.1\.feed_"):
+        load_published(built(SMALL, 1), names_of(one_layer), saved(SMALL))
+
+
+def test_causal_gates_were_never_published():
+    with pytest.raises(ConfigError, match="got time_mode causal; take time_mode window or none"):
+        tim4rec.published_names(tim4rec.TiM4RecConfig())

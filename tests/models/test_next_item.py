@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -7,7 +9,7 @@ from ssd_torchrec.data.batch import Batch
 from ssd_torchrec.encoders.tim4rec import TiM4Rec, TiM4RecConfig
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
-from ssd_torchrec.models.next_item import FullSoftmaxLoss, NextItemModel, TablesConfig
+from ssd_torchrec.models.next_item import BinaryCrossEntropyLoss, FullSoftmaxLoss, NextItemModel, TablesConfig
 
 FIRST, ROWS, SEGMENTS = 3, 23, 4
 ENCODER = TiM4RecConfig(width=16, head_width=8, state=8, dropout=0.0, time_dropout=0.0)
@@ -47,6 +49,23 @@ def test_loss_is_the_mean_cross_entropy_over_all_items():
     wanted = F.cross_entropy(queries @ embedded["candidate"].values().T, users.target)
     torch.testing.assert_close(loss, wanted)
     assert local.tolist() == pytest.approx([wanted.item() * 9, 9.0])
+
+
+def test_against_others_the_loss_is_that_of_two_binary_answers():
+    net, users = model(), batch(USERS, BAGS)
+    users.target[2] = -1
+    negative = (users.target + 1) % 20
+    net.loss = BinaryCrossEntropyLoss()
+    loss, local = net(replace(users, negative=negative, global_targets=8))
+    embedded = net.items(users.features)
+    scores = net.tower(embedded["item"].values(), net.contexts(users.features).values(), users)
+    scores = scores @ embedded["candidate"].values().T
+    asked = users.target >= 0
+    right, wrong = (scores[asked].gather(1, of[asked, None]) for of in (users.target, negative))
+    wanted = F.binary_cross_entropy_with_logits(right, torch.ones_like(right))
+    wanted = wanted + F.binary_cross_entropy_with_logits(wrong, torch.zeros_like(wrong))
+    torch.testing.assert_close(loss, wanted)
+    assert local.tolist() == pytest.approx([wanted.item() * 8, 8.0])
 
 
 def test_shares_of_a_global_batch_add_up_to_it():

@@ -15,8 +15,9 @@ from ssd_torchrec.distributed.process import World
 from ssd_torchrec.distributed.shard import ShardingConfig
 from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
 from ssd_torchrec.errors import CheckpointError, ConfigError, DataError, DivergedError
-from ssd_torchrec.training.config import DataConfig, EvaluationConfig, RunConfig, TrainingConfig, presets
+from ssd_torchrec.training.config import DataConfig, EvaluationConfig, RunConfig, TrainingConfig
 from ssd_torchrec.training.histories import Histories
+from ssd_torchrec.training.presets import presets
 from ssd_torchrec.training.run import config_of, evaluate_checkpoint, train
 from ssd_torchrec.training.run_folder import as_json, from_json
 

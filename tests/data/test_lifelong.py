@@ -1,0 +1,70 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ssd_torchrec.data.generate import generate
+from ssd_torchrec.data.lifelong import LifelongConfig, lifelong_rows
+from ssd_torchrec.data.parquet import open_dataset
+from ssd_torchrec.errors import ConfigError
+from tests.data.samples import lists
+
+SMALL = LifelongConfig(num_users=30, shortest=120, longest=600, distance=50, num_tokens=7, num_filler=40, seed=5)
+FIRST = 3
+TOKENS, ANSWERS, QUESTION = 2 * SMALL.num_tokens, 4 * SMALL.num_tokens, 4 * SMALL.num_tokens
+
+
+def rows():
+    (users,) = lifelong_rows(SMALL, FIRST)
+    return [np.array(items) - FIRST for items in lists(users.item, users.offsets)]
+
+
+def test_lengths_are_as_asked_and_times_ascend():
+    lengths = [len(items) for items in rows()]
+    assert min(lengths) >= SMALL.shortest
+    assert max(lengths) <= SMALL.longest
+    assert len(set(lengths)) > 20
+    (users,) = lifelong_rows(SMALL, FIRST)
+    assert all((np.diff(times) >= 0).all() for times in lists(users.timestamp, users.offsets))
+
+
+def test_answers_hang_on_their_token_alone_which_is_far_enough_back():
+    answer_of = {}
+    for items in rows():
+        for question in np.flatnonzero(items == QUESTION):
+            for after in (1, 2):
+                before = items[: question + after]
+                kind = (after - 1) * SMALL.num_tokens
+                tokens = np.flatnonzero((before >= kind) & (before < kind + SMALL.num_tokens))
+                assert question - tokens[-1] > SMALL.distance
+                answer = items[question + after]
+                assert TOKENS <= answer < ANSWERS
+                assert answer_of.setdefault(before[tokens[-1]], answer) == answer
+    assert len(answer_of) == len(set(answer_of.values())) == TOKENS
+
+
+def test_rows_end_with_a_question_and_its_answers_and_hold_nothing_else_but_filler():
+    for items in rows():
+        assert items[-3] == QUESTION
+        blocks = (items == QUESTION).sum()
+        assert ((items >= TOKENS) & (items < ANSWERS)).sum() == (items < TOKENS).sum() == 2 * blocks
+        assert items.max() < SMALL.num_items
+
+
+def test_what_is_written_is_what_was_drawn_and_the_same_each_time(tmp_path):
+    meta = generate(SMALL, tmp_path / "set")
+    (group,) = open_dataset(tmp_path / "set")
+    assert lists(group.item, group.offsets) == [(items + meta.first_item).tolist() for items in rows()]
+    assert meta.fingerprint == generate(SMALL, tmp_path / "again").fingerprint
+    assert meta.fingerprint != generate(replace(SMALL, seed=6), tmp_path / "other").fingerprint
+    assert meta.attainable["test"]["hr@10"] == meta.attainable["valid"]["ndcg@50"] == 1.0
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"num_tokens": 0}, {"seed": -1}, {"filler_exponent": -0.1}, {"shortest": 1004}, {"longest": 1999}],
+    ids=str,
+)
+def test_laws_that_cannot_be_are_refused(wrong):
+    with pytest.raises(ConfigError, match="must"):
+        LifelongConfig(**wrong)
