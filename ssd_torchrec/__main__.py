@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import tyro
 
@@ -177,6 +177,52 @@ def _models(words: list[str]) -> int:
     return 0
 
 
+def _import_weights(words: list[str]) -> int:
+    from ssd_torchrec.encoders.registry import AnyEncoderConfig
+    from ssd_torchrec.training.import_weights import import_weights
+    from ssd_torchrec.training.presets import presets
+
+    runs, model = presets(), _value_of("--model", words)
+    if model and model not in runs:
+        raise ConfigError(f"--model must be a preset of `ssd-torchrec train --help`, got {model!r}")
+    run = runs[model or "tim4rec"][1]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Import:
+        file: tyro.conf.Positional[str]
+        """State dict of a published program, as .safetensors or as torch.save wrote it."""
+
+        model: str
+        """Preset in the shape of the weights, such as tim4rec-window-ml-1m-64d; what differs, say below."""
+
+        data: str
+        """Data set whose items the weights know."""
+
+        items: str
+        """Text file of a raw item id a line: the items of the published table from its row 1 on."""
+
+        output: str
+        """Folder of the run to make, such as runs/published."""
+
+        encoder: AnyEncoderConfig
+        """Shape of the encoder."""
+
+    missing: dict[str, Any] = dict.fromkeys(("file", "model", "data", "items", "output"), tyro.MISSING)
+    asked = tyro.cli(
+        Import,
+        args=words,
+        default=Import(**missing, encoder=run.encoder),
+        prog="ssd-torchrec import-weights",
+        description=COMMANDS["import-weights"].about,
+        config=(tyro.conf.AvoidSubcommands,),
+    )
+    folder = Path(asked.output)
+    run = replace(run, encoder=asked.encoder, data=replace(run.data, path=asked.data))
+    run = replace(run, output=str(folder.parent), name=folder.name)
+    print(f"{import_weights(Path(asked.file), Path(asked.items), run)}/ holds the weights; evaluate or train on it")
+    return 0
+
+
 def _evaluate(words: list[str]) -> int:
     from ssd_torchrec.distributed.process import launched, process_group
     from ssd_torchrec.training.config import EvaluationConfig
@@ -266,6 +312,7 @@ COMMANDS = {
     "prepare": Command(_prepare, "Make a data set of a raw log: k-core, order, vocabulary, in bounded memory."),
     "train": Command(_train, "Train a preset; every field of the run can be overridden."),
     "models": Command(_models, "What can be trained: paper, direction, time, streaming, presets."),
+    "import-weights": Command(_import_weights, "Make a run of the weights of a published program."),
     "evaluate": Command(_evaluate, "Rank the full catalogue with a checkpoint."),
     "recommend": Command(_recommend, "Write the best items of each user, from a checkpoint and a file of users."),
     "inspect": Command(_inspect, "What is in a data set: counts, lengths, gaps, files."),

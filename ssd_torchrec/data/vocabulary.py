@@ -16,6 +16,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
+from ssd_torchrec.data.draws import splitmix64
 from ssd_torchrec.data.rows import Ints
 from ssd_torchrec.errors import ConfigError, DataError
 
@@ -130,24 +131,17 @@ class Vocabulary:
 def stable_hash(ids: pa.Array) -> Hashes:
     """(n,) uint64 of int64 or string ids; the same in every process, on every machine."""
     if pa.types.is_int64(ids.type):
-        return _splitmix64(ids.to_numpy().view(np.uint64))
+        return splitmix64(ids.to_numpy().view(np.uint64))
     offsets, letters = _buffers(ids)
     lengths = np.diff(offsets)
     place = np.arange(len(letters)) - np.repeat(offsets[:-1], lengths)
     terms = (letters.astype(np.uint64) + np.uint64(1)) * _powers(int(lengths.max(initial=0)))[place]
     sums = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])  # wraps around, as it should
-    return _splitmix64((sums[offsets[1:]] - sums[offsets[:-1]]) + lengths.astype(np.uint64))
+    return splitmix64((sums[offsets[1:]] - sums[offsets[:-1]]) + lengths.astype(np.uint64))
 
 
 def _powers(count: int) -> Hashes:
     return np.cumprod(np.full(count, _POLYNOMIAL_BASE), dtype=np.uint64)
-
-
-def _splitmix64(x: Hashes) -> Hashes:
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def _as_ids(ids: RawIds) -> pa.Array:
