@@ -8,11 +8,13 @@ import pytest
 import torch
 
 from ssd_torchrec.data.generate import generate
+from ssd_torchrec.data.objective import ObjectiveConfig
 from ssd_torchrec.data.parquet import open_dataset
 from ssd_torchrec.data.synthetic import SyntheticConfig
 from ssd_torchrec.distributed.checkpoint import latest_checkpoint, read_info
 from ssd_torchrec.distributed.process import World
 from ssd_torchrec.distributed.shard import ShardingConfig
+from ssd_torchrec.encoders.registry import SYSTEMS
 from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
 from ssd_torchrec.errors import CheckpointError, ConfigError, DataError, DivergedError
 from ssd_torchrec.training.config import DataConfig, EvaluationConfig, RunConfig, TrainingConfig
@@ -209,6 +211,57 @@ def test_the_default_data_set_is_generated_once(tmp_path, monkeypatch):
 def test_every_preset_survives_its_json(name):
     _, run = presets()[name]
     assert from_json(RunConfig, json.loads(json.dumps(as_json(run)))) == run
+
+
+SEES_AHEAD = {
+    "ssd4rec": SYSTEMS["ssd4rec"].small,
+    "bi_tim4rec": SYSTEMS["bi_tim4rec"].small,
+    "bert4rec": SYSTEMS["bert4rec"].small,
+    "tim4rec-window": SYSTEMS["tim4rec"].presets["window-ml-1m-64d"],
+    "recmamba-end": SYSTEMS["recmamba"].presets["lifelong-1k"],
+}
+
+
+@pytest.mark.parametrize("encoder", SEES_AHEAD.values(), ids=SEES_AHEAD)
+def test_an_encoder_that_sees_ahead_is_not_asked_at_every_event(encoder):
+    with pytest.raises(ConfigError, match="it would be told what it is asked"):
+        RunConfig(encoder=encoder)
+    RunConfig(encoder=encoder, objective=ObjectiveConfig(targets="sampled"))
+
+
+def test_histories_longer_than_the_encoder_takes_are_refused():
+    encoder = SYSTEMS["sasrec"].small
+    with pytest.raises(ConfigError, match="must be at most the 200 events"):
+        RunConfig(encoder=encoder, data=DataConfig(max_length=201))
+    assert RunConfig(encoder=encoder).max_length == 200
+    assert RunConfig(encoder=encoder, data=DataConfig(max_length=7)).max_length == 7
+
+
+def test_a_hidden_event_takes_a_place_where_it_is_asked_at():
+    masked = ObjectiveConfig(targets="masked", mask_share=0.2)
+    assert RunConfig(encoder=SYSTEMS["bert4rec"].small, objective=masked).max_asked == 199
+    assert RunConfig(objective=masked).max_asked == 0
+    with pytest.raises(ConfigError, match="must be of 2 events"):
+        _ = RunConfig(objective=masked, data=DataConfig(max_length=1)).max_asked
+
+
+@pytest.mark.parametrize("system", ["gru4rec", "ssd4rec_star"])
+def test_only_a_gate_can_be_left_out(system):
+    with pytest.raises(ConfigError, match="also-without-time compares with a time gate"):
+        RunConfig(encoder=SYSTEMS[system].small, also_without_time=True)
+
+
+def test_a_config_from_before_there_were_other_encoders_is_of_the_first():
+    content = as_json(RunConfig())
+    assert content["encoder"].pop("kind") == "TiM4RecConfig"
+    assert from_json(RunConfig, content) == RunConfig()
+
+
+def test_a_config_of_an_encoder_that_is_not_here_is_refused():
+    content = as_json(RunConfig())
+    content["encoder"]["kind"] = "OracleConfig"
+    with pytest.raises(CheckpointError, match="OracleConfig must be one of TiM4RecConfig"):
+        from_json(RunConfig, content)
 
 
 def test_a_config_of_a_newer_version_is_refused_by_field():
