@@ -1,15 +1,15 @@
 """Generated histories of thousands of events, in which some items hang on an event more than a thousand back.
 
-    block    b c  n n n ... n  ?  first[b] second[c]       at least `distance` events n between c and the question
-    row      block block ... block                          each block draws its own b and c
+    block    b1 c1 b2 c2 ...  n n n ... n  ?1 first1[b1] second1[c1]  ?2 first2[b2] second2[c2] ...
+    row      block block ... block                          each block draws its own tokens
 
-Tokens b and c are drawn among `num_tokens` of a first and of a second kind, the filler n by popularity, and first and
-second are one-to-one maps onto answers that no other event shows: after the question ? each answer follows from its
-token alone, and within `distance` events before it nothing tells. Rows end with a block, so the validation target is
-first[b] and the test target second[c]: whoever remembers ranks both first, whoever does not gets 10 / num_tokens at
-best as its hit rate among ten.
+Tokens b and c of each question are drawn among `num_tokens` of kinds of their own, the filler n by popularity, at least
+`distance` of it, and first and second are one-to-one maps onto answers that no other event shows: after its question
+each answer follows from its token alone, and nothing within `distance` events tells. Rows end with a block, so the
+validation target is the last question's first[b] and the test target its second[c]: whoever remembers ranks both
+first, whoever only knows which kind of answer is due has a hit rate of k / num_tokens among k.
 
-Table of items: tokens of both kinds, answers of both kinds, the question, the filler.
+Table of items: tokens of all kinds, answers of all kinds, the questions, the filler.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ from ssd_torchrec.errors import ConfigError
 
 _MAPS, _USERS = 0, 1  # streams of random numbers that one seed gives
 _USERS_AT_ONCE = 50
-_BESIDE_FILLER = 5  # events of a block that are no filler
+_BESIDE_FILLER = 5  # events of a question that are no filler
 _GAP_S, _GAP_SPREAD, _BEGIN_S = 600.0, 1.5, 1_500_000_000
 
 
@@ -43,7 +43,10 @@ class LifelongConfig:
     distance: int = 1000
     """Filler events at least between a token and its question."""
 
-    num_tokens: int = 50
+    num_questions: int = 8
+    """Questions of a block, each with two tokens and two answers."""
+
+    num_tokens: int = 20
     """Tokens of each kind, and answers of each kind."""
 
     num_filler: int = 1000
@@ -59,22 +62,32 @@ class LifelongConfig:
     """Decides everything that is drawn."""
 
     def __post_init__(self) -> None:
-        for name in ("num_users", "distance", "num_tokens", "num_filler", "num_oov_buckets"):
+        for name in ("num_users", "distance", "num_questions", "num_tokens", "num_filler", "num_oov_buckets"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")
         if self.filler_exponent < 0 or self.seed < 0:
             raise ConfigError(
                 f"filler_exponent and seed must be at least 0, got {self.filler_exponent} and {self.seed}; raise them"
             )
-        if not self.distance + _BESIDE_FILLER <= self.shortest <= self.longest:
+        if not self.shortest_block <= self.shortest <= self.longest:
             raise ConfigError(
-                f"lengths must hold distance + {_BESIDE_FILLER} <= shortest <= longest, got {self.distance}, "
-                f"{self.shortest} and {self.longest}; a row is one block at least"
+                f"lengths must hold {self.shortest_block} <= shortest <= longest, got {self.shortest} and "
+                f"{self.longest}; a row is a block at least, {self.distance} events and {_BESIDE_FILLER} a question"
             )
 
     @property
+    def shortest_block(self) -> int:
+        """Events of a block with as little filler as there may be."""
+        return self.distance + _BESIDE_FILLER * self.num_questions
+
+    @property
+    def num_kinds(self) -> int:
+        """Kinds of tokens, and of answers."""
+        return 2 * self.num_questions
+
+    @property
     def num_items(self) -> int:
-        return 4 * self.num_tokens + 1 + self.num_filler
+        return 2 * self.num_kinds * self.num_tokens + self.num_questions + self.num_filler
 
     def attainable(self) -> Scores:
         """Of whoever remembers: the answer stands first."""
@@ -85,7 +98,7 @@ class LifelongConfig:
 def lifelong_rows(config: LifelongConfig, first_item: int) -> Iterator[Rows]:
     """All users of the configuration, some at a time; the same ones whenever it is called."""
     answers = np.random.default_rng([config.seed, _MAPS]).permuted(
-        np.tile(np.arange(config.num_tokens), (2, 1)), axis=1
+        np.tile(np.arange(config.num_tokens), (config.num_kinds, 1)), axis=1
     )
     for first in range(0, config.num_users, _USERS_AT_ONCE):
         users = range(first, min(first + _USERS_AT_ONCE, config.num_users))
@@ -107,17 +120,20 @@ def _user(config: LifelongConfig, user: int, answers: Ints, first_item: int) -> 
 def _row(config: LifelongConfig, rng: np.random.Generator, answers: Ints) -> Ints:
     """Items 0..V-1 of one user."""
     length = int(np.exp(rng.uniform(np.log(config.shortest), np.log(config.longest + 1))))
-    blocks = max(1, length // (config.distance * 5 // 4 + _BESIDE_FILLER))
-    tokens = rng.integers(config.num_tokens, size=(blocks, 2))
-    spare = length - blocks * (config.distance + _BESIDE_FILLER)
+    blocks = max(1, length * 4 // (5 * config.shortest_block))
+    spare = length - blocks * config.shortest_block
     filler = config.distance + np.diff(np.sort(rng.integers(spare + 1, size=blocks - 1)), prepend=0, append=spare)
-    return np.concatenate([_block(config, rng, answers, pair, int(n)) for pair, n in zip(tokens, filler, strict=True)])
+    return np.concatenate([_block(config, rng, answers, int(n)) for n in filler])
 
 
-def _block(config: LifelongConfig, rng: np.random.Generator, answers: Ints, tokens: Ints, filler: int) -> Ints:
-    kinds = config.num_tokens * np.arange(2)
-    question = 4 * config.num_tokens
+def _block(config: LifelongConfig, rng: np.random.Generator, answers: Ints, filler: int) -> Ints:
+    kinds = np.arange(config.num_kinds)
+    tokens = rng.integers(config.num_tokens, size=config.num_kinds)
+    after_tokens = config.num_kinds * config.num_tokens
+    answer = after_tokens + kinds * config.num_tokens + answers[kinds, tokens]
+    questions = 2 * after_tokens + np.arange(config.num_questions)
     popularity = np.arange(1, config.num_filler + 1) ** -config.filler_exponent
     drawn = rng.choice(config.num_filler, size=filler, p=popularity / popularity.sum())
-    answer = 2 * config.num_tokens + kinds + answers[np.arange(2), tokens]
-    return np.concatenate([tokens + kinds, question + 1 + drawn, [question], answer])
+    asked = np.concatenate([questions[:, None], answer.reshape(-1, 2)], axis=1)
+    first_filler = 2 * after_tokens + config.num_questions
+    return np.concatenate([kinds * config.num_tokens + tokens, first_filler + drawn, asked.ravel()])

@@ -9,9 +9,13 @@ from ssd_torchrec.data.parquet import open_dataset
 from ssd_torchrec.errors import ConfigError
 from tests.data.samples import lists
 
-SMALL = LifelongConfig(num_users=30, shortest=120, longest=600, distance=50, num_tokens=7, num_filler=40, seed=5)
+SMALL = LifelongConfig(
+    num_users=30, shortest=120, longest=600, distance=50, num_questions=3, num_tokens=7, num_filler=40, seed=5
+)
 FIRST = 3
-TOKENS, ANSWERS, QUESTION = 2 * SMALL.num_tokens, 4 * SMALL.num_tokens, 4 * SMALL.num_tokens
+TOKENS = SMALL.num_kinds * SMALL.num_tokens
+QUESTION = 2 * TOKENS
+FILLER = QUESTION + SMALL.num_questions
 
 
 def rows():
@@ -31,23 +35,23 @@ def test_lengths_are_as_asked_and_times_ascend():
 def test_answers_hang_on_their_token_alone_which_is_far_enough_back():
     answer_of = {}
     for items in rows():
-        for question in np.flatnonzero(items == QUESTION):
-            for after in (1, 2):
-                before = items[: question + after]
-                kind = (after - 1) * SMALL.num_tokens
-                tokens = np.flatnonzero((before >= kind) & (before < kind + SMALL.num_tokens))
-                assert question - tokens[-1] > SMALL.distance
-                answer = items[question + after]
-                assert TOKENS <= answer < ANSWERS
+        for asked in np.flatnonzero((items >= QUESTION) & (items < FILLER)):
+            for after in (0, 1):
+                kind = 2 * (items[asked] - QUESTION) + after
+                before = items[: asked + 1 + after]
+                tokens = np.flatnonzero(before // SMALL.num_tokens == kind)
+                assert asked - tokens[-1] > SMALL.distance
+                answer = items[asked + 1 + after]
+                assert (answer - TOKENS) // SMALL.num_tokens == kind
                 assert answer_of.setdefault(before[tokens[-1]], answer) == answer
     assert len(answer_of) == len(set(answer_of.values())) == TOKENS
 
 
-def test_rows_end_with_a_question_and_its_answers_and_hold_nothing_else_but_filler():
+def test_rows_end_with_the_last_question_and_its_answers_and_hold_nothing_else_but_filler():
     for items in rows():
-        assert items[-3] == QUESTION
-        blocks = (items == QUESTION).sum()
-        assert ((items >= TOKENS) & (items < ANSWERS)).sum() == (items < TOKENS).sum() == 2 * blocks
+        assert items[-3] == FILLER - 1
+        questions = ((items >= QUESTION) & (items < FILLER)).sum()
+        assert (items < TOKENS).sum() == ((items >= TOKENS) & (items < QUESTION)).sum() == 2 * questions
         assert items.max() < SMALL.num_items
 
 
@@ -62,7 +66,7 @@ def test_what_is_written_is_what_was_drawn_and_the_same_each_time(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_tokens": 0}, {"seed": -1}, {"filler_exponent": -0.1}, {"shortest": 1004}, {"longest": 1999}],
+    [{"num_tokens": 0}, {"seed": -1}, {"filler_exponent": -0.1}, {"shortest": 1039}, {"longest": 1999}],
     ids=str,
 )
 def test_laws_that_cannot_be_are_refused(wrong):

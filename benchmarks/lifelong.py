@@ -1,0 +1,75 @@
+"""What each system still knows of events more than a thousand back, on the generated lifelong log.
+
+    python -m benchmarks.lifelong [SYSTEM ...]      writes benchmarks/results/lifelong-cpu.md as it goes
+
+Each is trained by the command line, in its small shape and on whole histories, and asked for the last item of every
+user, which hangs on an event more than a thousand back (`ssd_torchrec/data/lifelong.py`). Systems already in the table
+are measured anew only if named.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from benchmarks.machine import processor
+from ssd_torchrec.data.generate import generate
+from ssd_torchrec.data.lifelong import LifelongConfig
+from ssd_torchrec.encoders.registry import SYSTEMS
+
+RESULTS = Path(__file__).parent / "results" / "lifelong-cpu.md"
+LAW = LifelongConfig(num_users=100, num_filler=200)
+CAUSAL = [name for name, system in SYSTEMS.items() if system.small.causal and name != "tisasrec"]
+TRAINING = {"--training.epochs": "8", "--training.warmup-steps": "20", "--data.tokens-per-batch": "16384"}
+TRAINING |= {"--sharding.learning-rate": "0.005", "--training.evaluate-every": "8"}
+
+
+def train(system: str, data: Path, output: Path) -> dict:
+    """Content of result.json."""
+    longest = ["--encoder.max-length", str(LAW.longest)] if SYSTEMS[system].small.length_cap else []
+    command = [sys.executable, "-m", "ssd_torchrec", "train", system, "--data.path", str(data), "--name", system]
+    command += ["--output", str(output), *(word for option in TRAINING.items() for word in option), *longest]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, env=environment, check=True, stdout=subprocess.DEVNULL)
+    return json.loads((output / system / "result.json").read_text())
+
+
+def line(system: str, result: dict) -> str:
+    figures = [f"{result['test'][metric]:.3f}" for metric in ("hr@10", "ndcg@10", "mrr@10")]
+    return f"| {system} | {' | '.join(figures)} | {result['train_events_per_s']:,.0f} |"
+
+
+def head() -> list[str]:
+    law = ", ".join(f"{name} {value}" for name, value in dataclasses.asdict(LAW).items())
+    training = " ".join(word for option in TRAINING.items() for word in option)
+    chance = 10 / LAW.num_tokens
+    return [
+        "# Memory over a thousand events and more\n",
+        f"Printed by `python -m benchmarks.lifelong`: {processor()}, one thread. Law: {law}. Training: `{training}`.",
+        "Test target: an item that follows from one event alone, more than 1,000 back. Whoever remembers has 1 in each",
+        f"column; who knows only which kind of answer is due has {chance:.2f} in the first.\n",
+        "| | hit rate at 10 | NDCG@10 | MRR@10 | events/s trained |",
+        "|---|---|---|---|---|",
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("systems", nargs="*", default=CAUSAL, help=f"of {', '.join(CAUSAL)}")
+    asked = parser.parse_args()
+    known = RESULTS.read_text().splitlines()[len(head()) :] if RESULTS.exists() else []
+    lines = {text.split("|")[1].strip(): text for text in known if text.startswith("| ")}
+    with tempfile.TemporaryDirectory() as scratch:
+        generate(LAW, Path(scratch) / "data")
+        for system in asked.systems:
+            lines[system] = line(system, train(system, Path(scratch) / "data", Path(scratch)))
+            print(lines[system], flush=True)
+            RESULTS.write_text("\n".join([*head(), *lines.values(), ""]))
+
+
+if __name__ == "__main__":
+    main()
