@@ -59,7 +59,8 @@ class ObjectiveConfig:
             raise ConfigError(f"objective.hide_share must be in [0, 1), got {self.hide_share}")
         if self.targets != "sampled" and self.target_share != 1:
             raise ConfigError(
-                f"objective.target_share is for sampled targets, got {self.target_share} with {self.targets}; set it to 1"
+                f"objective.target_share must be 1 for {self.targets} targets, got {self.target_share}; "
+                "a share is drawn of sampled ones only"
             )
         if (self.targets == "masked") != (0 < self.mask_share < 1):
             raise ConfigError(
