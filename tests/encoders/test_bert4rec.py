@@ -42,31 +42,6 @@ def test_it_is_the_block_diagram_of_the_paper():
     torch.testing.assert_close(net(events, stamps, layout), wanted, atol=1e-12, rtol=0)
 
 
-def test_a_batch_gives_what_each_row_gives_alone():
-    net, lengths = encoder(), [4, 0, 1, 7, 4]
-    events, stamps, layout = history(lengths)
-    together = net(events, stamps, layout)
-    for row, start in enumerate(layout.offsets[:-1].tolist()):
-        own = slice(start, start + lengths[row])
-        alone = net(events[own], stamps[own], JaggedLayout.from_lengths([lengths[row]]))
-        torch.testing.assert_close(together[own], alone, atol=1e-10, rtol=0)
-
-
-def test_the_order_of_rows_makes_no_difference():
-    net, (events, stamps, layout) = encoder(), history([3, 1, 3])
-    order = torch.tensor([4, 5, 6, 3, 0, 1, 2])
-    got = net(events[order], stamps[order], layout)
-    torch.testing.assert_close(got, net(events, stamps, layout)[order], atol=1e-12, rtol=0)
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_rows_do_not_see_each_other(dtype):
-    net, (events, stamps, layout) = encoder(dtype=dtype), history([4, 0, 4], dtype)
-    changed = events.clone()
-    changed[:4] = torch.nan
-    assert torch.equal(net(events, stamps, layout)[4:], net(changed, stamps, layout)[4:])
-
-
 def test_every_event_is_seen_by_all_of_its_row():
     net, (events, stamps, layout) = encoder(), history([6, 3])
     before = net(events, stamps, layout)
@@ -90,44 +65,6 @@ def test_places_make_a_difference():
     events[0] = events[1] = 0.0  # the two would be alike
     out = net(events, stamps, layout)
     assert not torch.allclose(out[0], out[1])
-
-
-BATCHES = {"events": [3, 0, 2, 7], "only-empty-rows": [0, 0], "no-rows": []}
-
-
-@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("dropout", [0.0, 0.2])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_every_parameter_gets_a_gradient(dtype, dropout, lengths):
-    net = encoder(replace(CONFIG, dropout=dropout, attention_dropout=dropout), dtype).train()
-    out = net(*history(lengths, dtype))
-    assert (out.shape, out.dtype) == ((sum(lengths), 8), dtype)
-    (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum().backward()
-    for name, parameter in net.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert bool(parameter.grad.any()) == bool(sum(lengths)), name
-
-
-def test_the_gradient_is_that_of_the_output():
-    net, (events, stamps, layout) = encoder(), history([3, 0, 2])
-    assert torch.autograd.gradcheck(lambda x: net(x, stamps, layout), events.requires_grad_())
-
-
-def test_the_same_input_gives_the_same_bits():
-    net, args = encoder(dtype=torch.float32), history([6, 0, 4], torch.float32)
-    gradients = [torch.autograd.grad(net(*args).square().sum(), [*net.parameters()]) for _ in range(2)]
-    assert torch.equal(net(*args), net(*args))
-    assert all(map(torch.equal, *gradients))
-
-
-@pytest.mark.parametrize("dropped", ["dropout", "attention_dropout"])
-def test_each_dropout_acts_in_training_only(dropped):
-    config = replace(CONFIG, dropout=0.0, attention_dropout=0.0)
-    net, args = encoder(replace(config, **{dropped: 0.5})), history([6])
-    assert torch.equal(net(*args), encoder(config)(*args))
-    net.train()
-    assert not torch.equal(net(*args), net(*args))
 
 
 def test_autocast_stays_close():
@@ -169,13 +106,6 @@ REFUSED = {
 def test_what_makes_no_encoder_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         BERT4RecConfig(**fields)
-
-
-def test_events_and_timestamps_of_another_batch_are_refused():
-    net, (events, stamps, layout) = encoder(), history([3])
-    for wrong in ((events[:2], stamps), (events, stamps[:2])):
-        with pytest.raises(JaggedLayoutError, match=r"events must be \(3, ...\)"):
-            net(*wrong, layout)
 
 
 def test_a_row_longer_than_its_positions_is_refused():

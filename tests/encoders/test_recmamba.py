@@ -59,24 +59,6 @@ def test_without_positions_it_is_the_mixer_of_scaled_events():
     torch.testing.assert_close(net(events, stamps, layout), net.mixer(8**0.5 * events, layout)[0])
 
 
-@EITHER
-def test_a_batch_gives_what_its_rows_give_alone(config):
-    net, (events, stamps, layout) = encoder(config), history(LENGTHS)
-    rows = zip(events.split(LENGTHS), stamps.split(LENGTHS), LENGTHS, strict=True)
-    alone = [net(row, at, JaggedLayout.from_lengths([length])) for row, at, length in rows]
-    torch.testing.assert_close(net(events, stamps, layout), torch.cat(alone), atol=1e-10, rtol=0)
-
-
-@EITHER
-def test_rows_may_come_in_any_order(config):
-    net, (events, stamps, layout), order = encoder(config), history(LENGTHS), [2, 3, 0, 1]
-    moved, expected = (
-        torch.cat([t.split(LENGTHS)[row] for row in order]) for t in (events, net(events, stamps, layout))
-    )
-    got = net(moved, stamps, JaggedLayout.from_lengths([LENGTHS[row] for row in order]))
-    torch.testing.assert_close(got, expected, atol=1e-10, rtol=0)
-
-
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @EITHER
 def test_which_events_come_later_does_not_reach_back(config, dtype):
@@ -107,69 +89,10 @@ def test_time_makes_no_difference(config):
     assert not config.reads_time
 
 
-TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-5}
-
-
-def cut(layout: JaggedLayout, split: int) -> list[tuple[Tensor, JaggedLayout]]:
-    """Which events come first, `split` of each row that has as many, and which after them."""
-    is_first = layout.position < split
-    parts = [(torch.nonzero(part)[:, 0], layout.row_of_event[part]) for part in (is_first, ~is_first)]
-    return [(p, JaggedLayout.from_lengths(rows.bincount(minlength=layout.num_rows))) for p, rows in parts]
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
-def test_appending_from_every_split_gives_the_whole(dtype):
-    net, (events, stamps, layout) = streaming(dtype), history([12, 0, 1, 4], dtype)  # longer than max_length
-    whole = net(events, stamps, layout)
-    final = net.append(events, stamps, layout, net.initial_state(4))[1]
-    for split in range(13):
-        state, got = net.initial_state(4), torch.full_like(whole, torch.nan)
-        for picked, part in cut(layout, split):
-            got[picked], state = net.append(events[picked], stamps[picked], part, state)
-        torch.testing.assert_close(got, whole, atol=TOLERANCE[dtype], rtol=0)
-        torch.testing.assert_close(tuple(state), tuple(final), atol=TOLERANCE[dtype], rtol=0)
-
-
-def test_appending_nothing_changes_nothing_and_leaves_the_old_state_alone():
-    net, (events, stamps, layout) = streaming(), history([3, 2])
-    state = net.append(events, stamps, layout, net.initial_state(2))[1]
-    kept = [t.clone() for t in state]
-    none, same = net.append(events[:0], stamps[:0], JaggedLayout.from_lengths([0, 0]), state)
-    assert none.shape == (0, 8)
-    assert all(map(torch.equal, same, kept))
-    net.append(events + 1, stamps, layout, state)
-    assert all(map(torch.equal, state, kept))
-
-
 def test_a_user_of_the_published_size_takes_4480_numbers():
     state = StreamingRecMamba(RecMambaConfig(positions="none")).initial_state(1)
     assert sum(t.numel() for t in state) == 4_480
     assert {t.dtype for t in state} == {torch.float32}
-
-
-BATCHES = {"events": [3, 0, 2], "only-empty-rows": [0, 0], "no-rows": []}
-
-
-@pytest.mark.parametrize("lengths", BATCHES.values(), ids=BATCHES)
-@EITHER
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
-def test_every_parameter_gets_a_gradient(dtype, config, lengths):
-    net, (events, stamps, layout) = encoder(config, dtype).train(), history(lengths, dtype)
-    out = net(events, stamps, layout)
-    assert out.shape == events.shape
-    (out * torch.linspace(-1, 1, out.numel(), dtype=dtype).view_as(out)).sum().backward()
-    for name, parameter in net.named_parameters():
-        assert parameter.grad is not None, name
-        assert parameter.grad.isfinite().all(), name
-        assert bool(parameter.grad.any()) == bool(sum(lengths)), name
-
-
-@EITHER
-def test_the_same_input_gives_the_same_bits(config):
-    net, args = encoder(config, torch.float32), history([9, 0, 4], torch.float32)
-    assert torch.equal(net(*args), net(*args))
-    gradients = [torch.autograd.grad(net(*args).square().sum(), [*net.parameters()]) for _ in range(2)]
-    assert all(map(torch.equal, *gradients))
 
 
 def test_the_kernels_give_what_the_cpu_gives(device, monkeypatch):
@@ -245,15 +168,6 @@ REFUSED = {
 def test_what_makes_no_encoder_is_refused(fields, message):
     with pytest.raises(ConfigError, match=message):
         RecMambaConfig(**fields)
-
-
-def test_what_is_of_another_batch_is_refused():
-    net, (events, stamps, layout) = streaming(), history([3])
-    for wrong in ((events[:2], stamps), (events, stamps[:2])):
-        with pytest.raises(JaggedLayoutError, match=r"events must be \(3, ...\)"):
-            net(*wrong, layout)
-    with pytest.raises(JaggedLayoutError, match="state must hold the 1 rows of the layout, got 2"):
-        net.append(events, stamps, layout, net.initial_state(2))
 
 
 def test_a_row_without_room_is_refused():
