@@ -19,8 +19,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder
-from ssd_torchrec.errors import ConfigError, JaggedLayoutError
+from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder, check_state
+from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.modules.dropout import Dropout
 from ssd_torchrec.modules.linear import Linear
@@ -155,11 +155,7 @@ class Caser(StreamingEncoder[CaserState]):
         """
         layout.check(events)
         layout.check(timestamps)
-        if len(state.recent) != layout.num_rows:
-            raise JaggedLayoutError(
-                f"state must hold the {layout.num_rows} rows of the layout, got {len(state.recent)}; "
-                "give rows without new events a length of 0"
-            )
+        check_state(state, layout)
         if not layout.num_events:
             return self.out_proj(self._nothing(events)).relu(), state
         stream, room = _stream(events, layout, state.recent), self.config.window - 1

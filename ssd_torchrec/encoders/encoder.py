@@ -6,6 +6,7 @@ from typing import ClassVar, Generic, Self, TypeVar
 
 from torch import Tensor, nn
 
+from ssd_torchrec.errors import JaggedLayoutError
 from ssd_torchrec.jagged import JaggedLayout
 
 State = TypeVar("State", bound=tuple[Tensor, ...])
@@ -47,6 +48,20 @@ class StreamingEncoder(Encoder, Generic[State]):
         Returns:
             (T, D) vectors of the new events, and the state after them.
         """
+
+
+def check_state(state: tuple[Tensor, ...], layout: JaggedLayout) -> None:
+    """Refuse the state of another number of rows.
+
+    Raises:
+        JaggedLayoutError: a tensor of `state` does not have a row for each of `layout`.
+    """
+    for part in state:
+        if len(part) != layout.num_rows:
+            raise JaggedLayoutError(
+                f"state must hold the {layout.num_rows} rows of the layout, got {len(part)}; "
+                "give rows without new events a length of 0"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
-from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder
-from ssd_torchrec.errors import ConfigError, JaggedLayoutError
+from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder, check_state
+from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.modules.dropout import Dropout
 from ssd_torchrec.modules.linear import Linear
@@ -162,11 +162,7 @@ class GRU4Rec(StreamingEncoder[GRU4RecState]):
         """
         layout.check(events)
         layout.check(timestamps)
-        if len(state.hidden) != layout.num_rows:
-            raise JaggedLayoutError(
-                f"state must hold the {layout.num_rows} rows of the layout, got {len(state.hidden)}; "
-                "give rows without new events a length of 0"
-            )
+        check_state(state, layout)
         if not layout.num_events:
             return self.out_proj(self._nothing(events)), state
         steps = _steps_of(layout)

@@ -23,8 +23,8 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder
-from ssd_torchrec.errors import ConfigError, JaggedLayoutError
+from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder, check_state
+from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.modules.dropout import Dropout
 from ssd_torchrec.modules.feed_forward import FeedForward
@@ -204,11 +204,7 @@ class LRURec(StreamingEncoder[LRURecState]):
         Raises:
             JaggedLayoutError: events, timestamps or state are not those of `layout`.
         """
-        if len(state.hidden) != layout.num_rows:
-            raise JaggedLayoutError(
-                f"state must hold the {layout.num_rows} rows of the layout, got {len(state.hidden)}; "
-                "give rows without new events a length of 0"
-            )
+        check_state(state, layout)
         out, kept = self._encode(events, timestamps, layout, state)
         return out, LRURecState(torch.stack(kept, dim=1))
 

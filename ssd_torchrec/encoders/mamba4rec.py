@@ -14,8 +14,8 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder
-from ssd_torchrec.errors import ConfigError, JaggedLayoutError
+from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder, check_state
+from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.modules.dropout import Dropout
 from ssd_torchrec.modules.feed_forward import FeedForward
@@ -177,11 +177,7 @@ class Mamba4Rec(StreamingEncoder[Mamba4RecState]):
         Raises:
             JaggedLayoutError: events, timestamps or state are not those of `layout`.
         """
-        if len(state.ssm) != layout.num_rows:
-            raise JaggedLayoutError(
-                f"state must hold the {layout.num_rows} rows of the layout, got {len(state.ssm)}; "
-                "give rows without new events a length of 0"
-            )
+        check_state(state, layout)
         out, kept = self._encode(events, timestamps, layout, state)
         conv, ssm = (torch.stack(of_layers, dim=1) for of_layers in zip(*kept, strict=True))
         return out, Mamba4RecState(conv, ssm)

@@ -26,7 +26,7 @@ from typing import ClassVar, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor, nn
 
-from ssd_torchrec.encoders.encoder import Encoder, EncoderConfig, StreamingEncoder
+from ssd_torchrec.encoders.encoder import Encoder, EncoderConfig, StreamingEncoder, check_state
 from ssd_torchrec.errors import ConfigError, JaggedLayoutError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.modules.dropout import Dropout
@@ -204,11 +204,7 @@ class StreamingRecMamba(RecMamba, StreamingEncoder[RecMambaState]):
         Raises:
             JaggedLayoutError: events, timestamps or state are not those of `layout`.
         """
-        if len(state.ssm) != layout.num_rows:
-            raise JaggedLayoutError(
-                f"state must hold the {layout.num_rows} rows of the layout, got {len(state.ssm)}; "
-                "give rows without new events a length of 0"
-            )
+        check_state(state, layout)
         out, kept = self._encode(events, timestamps, layout, MambaMixerState(*state))
         assert kept is not None  # a mixer that is given a state gives one
         return out, RecMambaState(*kept)

@@ -17,8 +17,8 @@ from typing import ClassVar, Literal, NamedTuple, Self, get_args
 import torch
 from torch import Tensor, nn
 
-from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder
-from ssd_torchrec.errors import ConfigError, JaggedLayoutError
+from ssd_torchrec.encoders.encoder import EncoderConfig, StreamingEncoder, check_state
+from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.modules.dropout import Dropout
 from ssd_torchrec.modules.feed_forward import FeedForward
@@ -344,11 +344,7 @@ class TiM4Rec(StreamingEncoder[TiM4RecState]):
             JaggedLayoutError: events, timestamps or state are not those of `layout`.
         """
         self._check_streams()
-        if len(state.num_events) != layout.num_rows:
-            raise JaggedLayoutError(
-                f"state must hold the {layout.num_rows} rows of the layout, got {len(state.num_events)}; "
-                "give rows without new events a length of 0"
-            )
+        check_state(state, layout)
         out, mixers, gates = self._encode(events, timestamps, layout, state)
         rows = torch.arange(layout.num_rows, device=timestamps.device)
         newest = torch.where(layout.last_event >= 0, layout.last_event, layout.num_events + rows)
