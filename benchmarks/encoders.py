@@ -148,6 +148,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on the CPU")
     parser.add_argument("--rounds", type=int, default=5, help="of all encoders in turn")
     parser.add_argument("--tokens", type=int, default=8192, help="events of a batch, but for the longest histories")
+    parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the table")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     device = torch.device(asked.device)
@@ -164,7 +165,7 @@ def main() -> None:
     for rows in histories(asked.tokens):
         parts.append(section(rows, asked.rounds, device))
         print(parts[-1], flush=True)
-        RESULTS.joinpath(f"encoders-{name}.md").write_text("\n".join(parts))
+        asked.output.joinpath(f"encoders-{name}.md").write_text("\n".join(parts))
 
 
 if __name__ == "__main__":

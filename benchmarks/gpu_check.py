@@ -4,8 +4,9 @@
     make gpu-check PYTHON=python3 PART=ops OUTPUT=out       one part, with an interpreter as it is
     make gpu-check PART=tests BUDGET_S=200                  stop after 200 seconds; a part alone stops after 420
 
-A part that stops at its budget has written what it saw; run again, it goes on from there. Tests that passed are in
-NAME.jsonl and pytest's words in NAME.log. Exit code 1: a test failed or a benchmark broke; 3: time is up, more to do.
+A part that stops at its budget has written what it saw; run again, it goes on from there, but for encoders: that begins
+anew with its kernels compiled. Tests that passed are in NAME.jsonl and pytest's words in NAME.log. Exit code 1: a test
+failed or a benchmark broke; 3: time is up, more to do.
 """
 
 import argparse
@@ -116,6 +117,12 @@ def ops(output: Path, budget_s: float, *parts: str) -> int:
     return 1
 
 
+def encoders(output: Path, budget_s: float) -> int:
+    command = [sys.executable, "-m", "benchmarks.encoders", "--device", "cuda", "--output", str(output.resolve())]
+    code = run(command, output / "encoders.log", budget_s)
+    return STOPPED if code is None else code
+
+
 def rest(output: Path, budget_s: float) -> int:
     wanted = ["tests", *(f"--ignore={folder}" for folder in OF_KERNELS)]
     if importlib.util.find_spec("duckdb") is None:
@@ -123,7 +130,8 @@ def rest(output: Path, budget_s: float) -> int:
     return run_tests("rest", wanted, output, budget_s)
 
 
-PARTS: dict[str, Callable[..., int]] = {"tests": kernels, "selftest": selftest, "ops": ops, "rest": rest}
+PARTS: dict[str, Callable[..., int]] = {"tests": kernels, "selftest": selftest, "ops": ops}
+PARTS |= {"encoders": encoders, "rest": rest}
 
 
 def main() -> int:

@@ -22,10 +22,11 @@ from ssd_torchrec.data.lifelong import LifelongConfig
 from ssd_torchrec.encoders.registry import SYSTEMS
 
 RESULTS = Path(__file__).parent / "results" / "lifelong-cpu.md"
-LAW = LifelongConfig(num_users=100, num_filler=200)
+LAW = LifelongConfig(num_users=1200, longest=4000)
 CAUSAL = [name for name, system in SYSTEMS.items() if system.small.causal and name != "tisasrec"]
-TRAINING = {"--training.epochs": "8", "--training.warmup-steps": "20", "--data.tokens-per-batch": "16384"}
-TRAINING |= {"--sharding.learning-rate": "0.005", "--training.evaluate-every": "8"}
+TRAINING = {"--training.epochs": "1", "--training.warmup-steps": "20", "--data.tokens-per-batch": "4096"}
+TRAINING |= {"--sharding.optimizer": "adam", "--sharding.learning-rate": "0.01", "--dense.learning-rate": "0.002"}
+TRAINING |= {"--training.decay": "constant"}
 
 
 def train(system: str, data: Path, output: Path) -> dict:

@@ -1,13 +1,17 @@
-"""Generated histories of thousands of events, in which some items hang on an event more than a thousand back.
+"""Generated histories of thousands of events, whose last items hang on an event more than a thousand back.
 
-    block    b1 c1 b2 c2 ...  n n n ... n  ?1 first1[b1] second1[c1]  ?2 first2[b2] second2[c2] ...
-    row      block block ... block                          each block draws its own tokens
+    block    b1 c1 b2 c2 ...  n n n ... n  ?2 first2[b2] second2[c2]  ?1 first1[b1] second1[c1] ...
+    row      n ... n  block block ... block    each with tokens, filler and an order of questions of its own
 
-Tokens b and c of each question are drawn among `num_tokens` of kinds of their own, the filler n by popularity, at least
-`distance` of it, and first and second are one-to-one maps onto answers that no other event shows: after its question
-each answer follows from its token alone, and nothing within `distance` events tells. Rows end with a block, so the
-validation target is the last question's first[b] and the test target its second[c]: whoever remembers ranks both
-first, whoever only knows which kind of answer is due has a hit rate of k / num_tokens among k.
+Tokens b and c of each question are drawn among `num_tokens` of kinds of their own, the filler n by popularity, and
+first and second are one-to-one maps onto answers that no other event shows: after its question each answer follows from
+the last token of its kind alone. How much filler stands between has no scale, as times of return often have none: more
+than n with probability n to the power of -`tail`. In a row's last block it is at least `distance`, so the validation
+target, its last first[b], and the test target, its second[c], hang on an event further back than that: whoever
+remembers ranks both first, whoever only knows which kind of answer is due has a hit rate of k / num_tokens among k.
+
+Short returns are what such memory is learned from: with all of them beyond 1,000 events none of the encoders came to
+remember within a million events (docs/decisions.md).
 
 Table of items: tokens of all kinds, answers of all kinds, the questions, the filler.
 """
@@ -41,15 +45,18 @@ class LifelongConfig:
     """Events a user has at most; drawn log-uniformly between."""
 
     distance: int = 1000
-    """Filler events at least between a token and its question."""
+    """Filler events at least between the tokens and the questions of a row's last block; twice as many at most."""
 
-    num_questions: int = 8
+    tail: float = 2 / 3
+    """Tail index of the filler events in the other blocks (Pareto, at least 1, at most twice `distance`)."""
+
+    num_questions: int = 1
     """Questions of a block, each with two tokens and two answers."""
 
     num_tokens: int = 20
     """Tokens of each kind, and answers of each kind."""
 
-    num_filler: int = 1000
+    num_filler: int = 10
     """Items that mean nothing."""
 
     filler_exponent: float = 1.0
@@ -69,16 +76,23 @@ class LifelongConfig:
             raise ConfigError(
                 f"filler_exponent and seed must be at least 0, got {self.filler_exponent} and {self.seed}; raise them"
             )
+        if not self.tail > 0:
+            raise ConfigError(f"tail must be more than 0, got {self.tail}; 2/3 has a return in a hundred beyond 1,000")
         if not self.shortest_block <= self.shortest <= self.longest:
             raise ConfigError(
                 f"lengths must hold {self.shortest_block} <= shortest <= longest, got {self.shortest} and "
-                f"{self.longest}; a row is a block at least, {self.distance} events and {_BESIDE_FILLER} a question"
+                f"{self.longest}; a row is its last block at least, {self.distance} events and {_BESIDE_FILLER} a question"
             )
 
     @property
     def shortest_block(self) -> int:
-        """Events of a block with as little filler as there may be."""
-        return self.distance + _BESIDE_FILLER * self.num_questions
+        """Events of a last block with as little filler as there may be."""
+        return self.distance + self.beside_filler
+
+    @property
+    def beside_filler(self) -> int:
+        """Events of a block that are no filler."""
+        return _BESIDE_FILLER * self.num_questions
 
     @property
     def num_kinds(self) -> int:
@@ -120,10 +134,17 @@ def _user(config: LifelongConfig, user: int, answers: Ints, first_item: int) -> 
 def _row(config: LifelongConfig, rng: np.random.Generator, answers: Ints) -> Ints:
     """Items 0..V-1 of one user."""
     length = int(np.exp(rng.uniform(np.log(config.shortest), np.log(config.longest + 1))))
-    blocks = max(1, length * 4 // (5 * config.shortest_block))
-    spare = length - blocks * config.shortest_block
-    filler = config.distance + np.diff(np.sort(rng.integers(spare + 1, size=blocks - 1)), prepend=0, append=spare)
-    return np.concatenate([_block(config, rng, answers, int(n)) for n in filler])
+    left = length - config.beside_filler
+    last = min(int(config.distance * 2 ** rng.uniform()), left)
+    blocks = [_block(config, rng, answers, last)]
+    left -= last
+    while left > config.beside_filler:
+        left -= config.beside_filler
+        drawn = (1 - rng.uniform()) ** (-1 / config.tail)
+        filler = int(min(drawn, 2 * config.distance, left))
+        blocks.append(_block(config, rng, answers, filler))
+        left -= filler
+    return np.concatenate([_filler(config, rng, left), *reversed(blocks)])
 
 
 def _block(config: LifelongConfig, rng: np.random.Generator, answers: Ints, filler: int) -> Ints:
@@ -132,8 +153,11 @@ def _block(config: LifelongConfig, rng: np.random.Generator, answers: Ints, fill
     after_tokens = config.num_kinds * config.num_tokens
     answer = after_tokens + kinds * config.num_tokens + answers[kinds, tokens]
     questions = 2 * after_tokens + np.arange(config.num_questions)
+    asked = np.concatenate([questions[:, None], answer.reshape(-1, 2)], axis=1)[rng.permutation(config.num_questions)]
+    return np.concatenate([kinds * config.num_tokens + tokens, _filler(config, rng, filler), asked.ravel()])
+
+
+def _filler(config: LifelongConfig, rng: np.random.Generator, size: int) -> Ints:
     popularity = np.arange(1, config.num_filler + 1) ** -config.filler_exponent
-    drawn = rng.choice(config.num_filler, size=filler, p=popularity / popularity.sum())
-    asked = np.concatenate([questions[:, None], answer.reshape(-1, 2)], axis=1)
-    first_filler = 2 * after_tokens + config.num_questions
-    return np.concatenate([kinds * config.num_tokens + tokens, first_filler + drawn, asked.ravel()])
+    drawn = rng.choice(config.num_filler, size=size, p=popularity / popularity.sum())
+    return config.num_items - config.num_filler + drawn

@@ -23,6 +23,8 @@ PUBLISHED_NAMES: dict[str, Callable[[Any], dict[str, str]]] = {
 }
 """By an encoder's title: from its config, the name of each parameter here to its name there."""
 
+_NAMES_SHOWN = 3
+
 ITEM_TABLES = {
     "TiM4Rec": "item_embedding.weight",
     "SSD4Rec": "item_embedding.weight",
@@ -97,9 +99,14 @@ def _check_names(wanted: set[str], given: Iterable[str]) -> None:
     missing, unknown = sorted(wanted.difference(given)), sorted(set(given) - wanted)
     if missing or unknown:
         raise CheckpointError(
-            f"a published state must name each parameter, got {missing or 'none'} missing and {unknown or 'none'} "
-            "unknown; give the config the layers and options of the weights"
+            f"a published state must name each of {len(wanted)} parameters and no other, got {_some(missing)} missing "
+            f"and {_some(unknown)} unknown; give the config the system, layers and options of the weights"
         )
+
+
+def _some(names: list[str]) -> str:
+    more = f" and {len(names) - _NAMES_SHOWN} more" if len(names) > _NAMES_SHOWN else ""
+    return ", ".join(names[:_NAMES_SHOWN]) + more or "none"
 
 
 def _check_shape(name: str, tensor: Tensor, wanted: tuple[int, ...]) -> None:

@@ -39,12 +39,16 @@ def import_weights(file: Path, items: Path, config: RunConfig) -> Path:
 
     Raises:
         ConfigError: the encoder has no published program, or the folder holds a run; before anything is written.
-        CheckpointError: the file is no state dict of that program in that shape.
+        CheckpointError: the file is no state dict of that program in that shape, or either file is not there.
         DataError: the ids are not those of the table, or not all items of the data set are among them.
     """
     encoder = config.encoder
     if encoder.title not in PUBLISHED_NAMES:
         raise ConfigError(f"the encoder must be one of {', '.join(PUBLISHED_NAMES)}, got {encoder.title}")
+    for given in (file, items):
+        if not given.is_file():
+            got = "a folder" if given.is_dir() else "nothing of that name"
+            raise CheckpointError(f"{given} must be a file, got {got}; give the path of one")
     state = _read(file)
     histories = open_dataset(Path(config.data.path))
     trainable = build(config, histories.meta, World())

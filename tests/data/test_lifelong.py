@@ -32,24 +32,40 @@ def test_lengths_are_as_asked_and_times_ascend():
     assert all((np.diff(times) >= 0).all() for times in lists(users.timestamp, users.offsets))
 
 
-def test_answers_hang_on_their_token_alone_which_is_far_enough_back():
+def asked_in(items):
+    """(question's place, place of the last token of the kind of the first answer, of the second), in order."""
+    found = []
+    for asked in np.flatnonzero((items >= QUESTION) & (items < FILLER)):
+        kinds = 2 * (items[asked] - QUESTION) + np.arange(2)
+        found.append((asked, *(np.flatnonzero(items[:asked] // SMALL.num_tokens == kind)[-1] for kind in kinds)))
+    return found
+
+
+def test_answers_hang_on_the_last_token_of_their_kind_alone():
     answer_of = {}
     for items in rows():
-        for asked in np.flatnonzero((items >= QUESTION) & (items < FILLER)):
-            for after in (0, 1):
-                kind = 2 * (items[asked] - QUESTION) + after
-                before = items[: asked + 1 + after]
-                tokens = np.flatnonzero(before // SMALL.num_tokens == kind)
-                assert asked - tokens[-1] > SMALL.distance
+        for asked, *tokens in asked_in(items):
+            for after, token in enumerate(tokens):
                 answer = items[asked + 1 + after]
-                assert (answer - TOKENS) // SMALL.num_tokens == kind
-                assert answer_of.setdefault(before[tokens[-1]], answer) == answer
+                assert (answer - TOKENS) // SMALL.num_tokens == items[token] // SMALL.num_tokens
+                assert answer_of.setdefault(items[token], answer) == answer
     assert len(answer_of) == len(set(answer_of.values())) == TOKENS
 
 
-def test_rows_end_with_the_last_question_and_its_answers_and_hold_nothing_else_but_filler():
+def test_the_last_answers_are_beyond_the_distance_and_most_others_near():
+    back = [[asked - token for asked, token, _ in asked_in(items)] for items in rows()]
+    assert min(row[-1] for row in back) > SMALL.distance
+    assert max(row[-1] for row in back) <= 2 * SMALL.distance + 5 * SMALL.num_questions
+    others = np.concatenate([row[: -SMALL.num_questions] for row in back])
+    assert np.median(others) < 20 < SMALL.distance < others.max()
+
+
+def test_each_question_is_the_last_somewhere():
+    assert {items[-3] - QUESTION for items in rows()} == set(range(SMALL.num_questions))
+
+
+def test_blocks_hold_a_token_and_an_answer_of_each_kind():
     for items in rows():
-        assert items[-3] == FILLER - 1
         questions = ((items >= QUESTION) & (items < FILLER)).sum()
         assert (items < TOKENS).sum() == ((items >= TOKENS) & (items < QUESTION)).sum() == 2 * questions
         assert items.max() < SMALL.num_items
@@ -66,7 +82,7 @@ def test_what_is_written_is_what_was_drawn_and_the_same_each_time(tmp_path):
 
 @pytest.mark.parametrize(
     "wrong",
-    [{"num_tokens": 0}, {"seed": -1}, {"filler_exponent": -0.1}, {"shortest": 1039}, {"longest": 1999}],
+    [{"num_tokens": 0}, {"seed": -1}, {"filler_exponent": -0.1}, {"tail": 0.0}, {"shortest": 1004}, {"longest": 1999}],
     ids=str,
 )
 def test_laws_that_cannot_be_are_refused(wrong):

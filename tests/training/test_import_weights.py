@@ -92,7 +92,13 @@ def test_weights_of_another_shape_or_program_are_refused(published):
 def test_files_that_hold_no_tensors_are_refused(published, tmp_path):
     torch.save([1, 2], tmp_path / "numbers.pth")
     refused(published, CheckpointError, "must hold a state dict", file=tmp_path / "numbers.pth")
-    refused(published, CheckpointError, "must hold tensors only", file=tmp_path / "none.pth")
+    (tmp_path / "text.pth").write_text("weights")
+    refused(published, CheckpointError, "must hold tensors only", file=tmp_path / "text.pth")
+
+
+def test_paths_that_are_no_files_are_named(published, tmp_path):
+    refused(published, CheckpointError, r"none\.pth must be a file, got nothing", file=tmp_path / "none.pth")
+    refused(published, CheckpointError, "must be a file, got a folder", items=tmp_path)
 
 
 def test_items_that_are_not_the_tables_are_refused(published, tmp_path):
