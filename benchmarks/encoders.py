@@ -101,12 +101,13 @@ def peak_mib(step: Callable[[], None], device: torch.device) -> float:
         return (torch.cuda.max_memory_allocated(device) - before) / 2**20
     ctypes.CDLL("libc.so.6").malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = _status_kib("VmRSS")
+    before = status_kib("VmRSS")
     step()
-    return (_status_kib("VmHWM") - before) / 2**10
+    return (status_kib("VmHWM") - before) / 2**10
 
 
-def _status_kib(name: str) -> int:
+def status_kib(name: str) -> int:
+    """A figure of this process as the kernel has it, such as VmRSS or VmHWM."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) for line in lines if line.startswith(name + ":"))
 

@@ -1,13 +1,16 @@
 """What one step consumes."""
 
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
+from ssd_torchrec.data.negatives import SharedNegatives
 from ssd_torchrec.data.rows import Ints, Rows
 from ssd_torchrec.data.schema import DatasetMeta
 from ssd_torchrec.jagged import JaggedLayout
@@ -24,6 +27,10 @@ class Batch(Pipelineable):
     # segment     [5]              []      [1]          a context key: one bag a row
     # target      [0, 0, 2]        []      [1, -1]      position in the candidate list; -1 asks for nothing
     # negative    [2, 3, 1]        []      [0, 0]       if the loss wants one a target
+    # log_q       [-1, -2, -1, -3] []      []           if the candidates were drawn by chance
+
+    Candidates drawn by chance are the `num_shared` that all ranks have, ascending, and then this rank's targets that
+    are none of these, ascending.
     """
 
     features: KeyedJaggedTensor
@@ -31,32 +38,24 @@ class Batch(Pipelineable):
     target: Tensor  # (T,) int64
     global_targets: int  # targets of the global batch, over all ranks; at least 1
     negative: Tensor | None = None  # (T,) int64 a wrong candidate for each target; 0 where there is none
+    log_q: Tensor | None = None  # (C,) fp32 log of the chance that a draw for the batch has the candidate
+    num_shared: int = 0  # candidates, the first, that all queries are told from; 0 unless drawn by chance
 
     def to(self, device: torch.device, non_blocking: bool = False) -> "Batch":
-        return replace(
-            self,
-            features=self.features.to(device, non_blocking=non_blocking),
-            layout=self.layout.to(device, non_blocking=non_blocking),
-            target=self.target.to(device, non_blocking=non_blocking),
-            negative=None if self.negative is None else self.negative.to(device, non_blocking=non_blocking),
-        )
+        moved = {name: part.to(device, non_blocking=non_blocking) for name, part in self._parts().items()}
+        return replace(self, **moved)
 
     def pin_memory(self) -> "Batch":
-        return replace(
-            self,
-            features=self.features.pin_memory(),
-            layout=self.layout.pin_memory(),
-            target=self.target.pin_memory(),
-            negative=None if self.negative is None else self.negative.pin_memory(),
-        )
+        return replace(self, **{name: part.pin_memory() for name, part in self._parts().items()})
 
     def record_stream(self, stream: torch.Stream) -> None:
-        # torchrec asks for a CUDA stream and passes any on
-        self.features.record_stream(stream)  # pyright: ignore[reportArgumentType]
-        self.layout.record_stream(stream)
-        self.target.record_stream(stream)
-        if self.negative is not None:
-            self.negative.record_stream(stream)
+        for part in self._parts().values():
+            part.record_stream(stream)
+
+    def _parts(self) -> dict[str, Any]:
+        """What lies on a device."""
+        names = ("features", "layout", "target", "negative", "log_q")
+        return {name: part for name in names if (part := getattr(self, name)) is not None}
 
 
 def collate(
@@ -67,6 +66,7 @@ def collate(
     global_targets: int,
     with_candidates: bool = True,
     negative_item: Ints | None = None,
+    shared: SharedNegatives | None = None,
 ) -> Batch:
     """Lay rows out as a batch on the host; no rows become one empty row, since no rank may come without any.
 
@@ -79,21 +79,19 @@ def collate(
             first item either way.
         negative_item: (T,) table row of a wrong item for each target. The candidates are then these and the targets'
             only, each once, and `target` counts among them.
+        shared: negatives of the global batch. The candidates are then these, and the targets that are none of them.
     """
     lengths = [rows.lengths, rows.lengths]
     values = [rows.item, rows.timestamp]
     num_rows = max(rows.num_rows, 1)
-    asked = target_item >= meta.first_item
-    target, negative = np.where(asked, target_item - meta.first_item, -1), None
-    if negative_item is None:
-        candidates = np.arange(meta.first_item, meta.num_table_rows if with_candidates else meta.first_item)
+    if shared is not None:
+        candidates = _drawn(target_item, meta, shared)
+    elif negative_item is not None:
+        candidates = _in_pairs(target_item, negative_item, meta)
     else:
-        candidates = np.union1d(target_item[asked], negative_item[asked])
-        candidates = candidates if len(candidates) else np.array([meta.first_item])
-        target = np.where(asked, np.searchsorted(candidates, target_item), -1)
-        negative = np.where(asked, np.searchsorted(candidates, negative_item), 0)
-    lengths.append(np.concatenate([[len(candidates)], np.zeros(num_rows - 1, np.int64)]))
-    values.append(candidates)
+        candidates = _catalogue(target_item, meta, with_candidates)
+    lengths.append(np.concatenate([[len(candidates.item)], np.zeros(num_rows - 1, np.int64)]))
+    values.append(candidates.item)
     for name in meta.context:
         lengths.append(rows.context[name].lengths)
         values.append(rows.context[name].values)
@@ -105,5 +103,45 @@ def collate(
         lengths=torch.from_numpy(np.concatenate(lengths)),
     )
     layout = JaggedLayout.from_lengths(torch.from_numpy(lengths[0]))
-    wrong = None if negative is None else torch.from_numpy(negative)
-    return Batch(features, layout, torch.from_numpy(target), global_targets, wrong)
+    target, negative, log_q = (
+        None if part is None else torch.from_numpy(part)
+        for part in (candidates.target, candidates.negative, candidates.log_q)
+    )
+    assert target is not None
+    return Batch(features, layout, target, global_targets, negative, log_q, candidates.num_shared)
+
+
+class _Candidates(NamedTuple):
+    """What targets are told from, and where they are among it."""
+
+    item: Ints  # (C,) table rows
+    target: Ints  # (T,)
+    negative: Ints | None = None  # (T,)
+    log_q: NDArray[np.float32] | None = None  # (C,)
+    num_shared: int = 0
+
+
+def _catalogue(target_item: Ints, meta: DatasetMeta, listed: bool) -> _Candidates:
+    item = np.arange(meta.first_item, meta.num_table_rows if listed else meta.first_item)
+    return _Candidates(item, np.where(target_item >= meta.first_item, target_item - meta.first_item, -1))
+
+
+def _in_pairs(target_item: Ints, negative_item: Ints, meta: DatasetMeta) -> _Candidates:
+    asked = target_item >= meta.first_item
+    item = np.union1d(target_item[asked], negative_item[asked])
+    item = item if len(item) else np.array([meta.first_item])
+    target = np.where(asked, np.searchsorted(item, target_item), -1)
+    return _Candidates(item, target, np.where(asked, np.searchsorted(item, negative_item), 0))
+
+
+def _drawn(target_item: Ints, meta: DatasetMeta, shared: SharedNegatives) -> _Candidates:
+    asked, first = target_item >= meta.first_item, shared.item + meta.first_item
+    then = np.setdiff1d(target_item[asked], first)
+    place = np.where(
+        np.isin(target_item, first),
+        np.searchsorted(first, target_item),
+        len(first) + np.searchsorted(then, target_item),
+    )
+    item = np.concatenate([first, then])
+    log_q = shared.log_q(item - meta.first_item)
+    return _Candidates(item, np.where(asked, place, -1), log_q=log_q, num_shared=len(first))

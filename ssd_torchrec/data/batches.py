@@ -21,6 +21,7 @@ from ssd_torchrec.data.batch_plan import (
     share_of_rank,
     training_windows,
 )
+from ssd_torchrec.data.negatives import NegativeSampler, SharedNegatives
 from ssd_torchrec.data.objective import MASK, ObjectiveConfig
 from ssd_torchrec.data.parquet import UserHistories
 from ssd_torchrec.data.prefetch import prefetched
@@ -54,12 +55,15 @@ class TrainingBatches:
         config: BatchConfig,
         share: Share | None = None,
         objective: ObjectiveConfig | None = None,
+        counts: Ints | None = None,
     ) -> None:
+        """`counts`: (V,) training events of each item, which negatives for the whole batch are drawn by."""
         self._histories, self._config = histories, config
         self._share = share or Share()
         self._objective = objective or ObjectiveConfig()
         self._lengths = self._objective.events(spans)
         self._training_events = spans.training_events
+        self._sampler = _sampler(self._objective, counts)
 
     def count(self, epoch: int) -> int:
         """Global batches of an epoch; planned from lengths, without reading."""
@@ -69,7 +73,7 @@ class TrainingBatches:
         """Batches of an epoch from number `first` on.
 
         Args:
-            with_candidates: whether each batch lists the whole catalogue as candidates, if the loss is over them.
+            with_candidates: whether each batch lists the whole catalogue as candidates, if the loss is over it.
 
         Raises:
             ConfigError: the epoch has fewer than `first` batches.
@@ -99,22 +103,33 @@ class TrainingBatches:
                     self._histories.meta,
                     draw=(self._config.seed, epoch, window.number),
                 )
-                for batch in islice(window.batches, skipped, None):
-                    yield self._batch(questions, rows, window.stretches, batch, with_candidates)
+                for number, batch in enumerate(islice(window.batches, skipped, None), skipped):
+                    shared = self._shared_negatives(questions, number, batch)
+                    yield self._batch(questions, batch, with_candidates, shared)
 
-    def _batch(
-        self, questions: Questions, rows: Rows, stretches: Stretches, batch: Ints, with_candidates: bool
-    ) -> Batch:
+    def _batch(self, questions: Questions, batch: Ints, with_candidates: bool, shared: SharedNegatives | None) -> Batch:
+        stretches = questions.stretches
         ours = share_of_rank(batch, stretches.length[batch], self._share.rank, self._share.world_size)
         asked = questions.of(ours)
         return collate(
-            replace(stretches[ours].of(rows), item=asked.item),
+            replace(stretches[ours].of(questions.rows), item=asked.item),
             asked.target_item,
             self._histories.meta,
             global_targets=max(questions.count(batch), 1),
             with_candidates=with_candidates,
             negative_item=asked.negative_item,
+            shared=shared,
         )
+
+    def _shared_negatives(self, questions: Questions, number: int, batch: Ints) -> SharedNegatives | None:
+        """Those of a global batch, of which this is the number in its window."""
+        if self._sampler is None:
+            return None
+        if self._sampler.kind != "in_batch":
+            return self._sampler.shared(*questions.draw, number)
+        first_item = self._histories.meta.first_item
+        targets = questions.target_items(batch)
+        return self._sampler.among(targets[targets >= first_item] - first_item)
 
 
 class EvaluationBatches:
@@ -161,6 +176,14 @@ class EvaluationBatches:
         meta = self._histories.meta
         known = int((after[batch] >= meta.first_item).sum())
         return collate(chosen, target_item, meta, global_targets=max(known, 1), with_candidates=False)
+
+
+def _sampler(objective: ObjectiveConfig, counts: Ints | None) -> NegativeSampler | None:
+    if objective.loss != "sampled_softmax":
+        return None
+    if counts is None:
+        raise ConfigError("counts of items must be given for sampled_softmax, got none; take them from item_counts()")
+    return NegativeSampler(objective.negatives, objective.num_negatives, counts)
 
 
 def _read(histories: UserHistories, window: Window, of_row: Ints) -> tuple[Rows, Ints]:

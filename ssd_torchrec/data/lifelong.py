@@ -81,7 +81,8 @@ class LifelongConfig:
         if not self.shortest_block <= self.shortest <= self.longest:
             raise ConfigError(
                 f"lengths must hold {self.shortest_block} <= shortest <= longest, got {self.shortest} and "
-                f"{self.longest}; a row is its last block at least, {self.distance} events and {_BESIDE_FILLER} a question"
+                f"{self.longest}; a row is its last block at least, {self.distance} events and "
+                f"{_BESIDE_FILLER} a question"
             )
 
     @property

@@ -23,7 +23,9 @@ from ssd_torchrec.data.split import SpanCounts, Spans
 from ssd_torchrec.errors import ConfigError
 
 Targets = Literal["all", "sampled", "masked"]
-Loss = Literal["softmax", "bce"]
+Loss = Literal["softmax", "bce", "sampled_softmax"]
+Negatives = Literal["uniform", "log_uniform", "popularity", "in_batch"]
+Scored = Literal["auto", "looked_up", "in_place"]
 MASK = 0
 """Row of the item table that stands for an event whose item is hidden."""
 
@@ -46,13 +48,27 @@ class ObjectiveConfig:
     """Chance of an event's item to be hidden from the encoder in training, and nothing else; SSD4Rec's rho."""
 
     loss: Loss = "softmax"
-    """softmax: cross-entropy over the candidates; bce: each target against one item drawn from the catalogue, which
-    the row does not have among its training events."""
+    """softmax: cross-entropy over the catalogue; bce: each target against one item drawn from the catalogue, which the
+    row does not have among its training events; sampled_softmax: cross-entropy over items drawn for the whole batch,
+    for catalogues too large to list in each batch."""
+
+    scored: Scored = "auto"
+    """softmax: where the catalogue's rows meet the queries, which changes rounding only. looked_up: every batch brings
+    all item vectors to every rank; in_place: queries go to all ranks, each of which scores its own rows of a row_wise
+    table. auto: in_place for such a table of more than 100,000 items."""
+
+    negatives: Negatives = "uniform"
+    """sampled_softmax: how items are drawn. uniform: all alike; popularity: by their training events; log_uniform: by
+    their rank in these, as a Zipfian law has it; in_batch: none are drawn, the batch's targets are taken."""
+
+    num_negatives: int = 4096
+    """sampled_softmax: draws for a global batch, of which each item is kept once; in_batch has its targets instead."""
 
     def __post_init__(self) -> None:
-        for name, known in {"targets": get_args(Targets), "loss": get_args(Loss)}.items():
-            if getattr(self, name) not in known:
-                raise ConfigError(f"objective.{name} must be one of {known}, got {getattr(self, name)!r}")
+        for name, of in {"targets": Targets, "loss": Loss, "scored": Scored, "negatives": Negatives}.items():
+            if getattr(self, name) not in get_args(of):
+                raise ConfigError(f"objective.{name} must be one of {get_args(of)}, got {getattr(self, name)!r}")
+        self._check_negatives()
         if not 0 < self.target_share <= 1:
             raise ConfigError(f"objective.target_share must be in (0, 1], got {self.target_share}")
         if not 0 <= self.hide_share < 1:
@@ -69,6 +85,21 @@ class ObjectiveConfig:
             )
         if self.targets == "masked" and self.hide_share:
             raise ConfigError("objective.hide_share must be 0 for masked targets, which are hidden by mask_share")
+
+    def _check_negatives(self) -> None:
+        if self.num_negatives < 1:
+            raise ConfigError(f"objective.num_negatives must be at least 1, got {self.num_negatives}; raise it")
+        for name in ("negatives", "num_negatives"):
+            if self.loss != "sampled_softmax" and getattr(self, name) != getattr(ObjectiveConfig, name):
+                raise ConfigError(
+                    f"objective.{name} must be left alone for {self.loss}, got {getattr(self, name)!r}; "
+                    "negatives are drawn for sampled_softmax only"
+                )
+        if self.scored != "auto" and self.loss != "softmax":
+            raise ConfigError(
+                f"objective.scored must be left alone for {self.loss}, got {self.scored!r}; softmax alone scores the "
+                "whole catalogue"
+            )
 
     @property
     def asks_at_mask(self) -> bool:

@@ -43,17 +43,18 @@ class Questions:
 
     def of(self, at: Ints) -> Asked:
         """What these stretches ask for."""
-        stretches = self.stretches[at]
-        item = self.rows.item[self._events(stretches)]
-        seen, target_item = item, item
+        item = self.rows.item[self._events(self.stretches[at])]
         if self.objective.mask_share or self.objective.hide_share:
-            hidden = self._hidden(at)
-            seen = np.where(hidden, MASK, item)
-            target_item = np.where(hidden, item, -1)
-        if self.objective.targets != "masked":
-            target_item = self._next_items(stretches)
+            item = np.where(self._hidden(at), MASK, item)
         wants_others = self.objective.loss == "bce"
-        return Asked(seen, target_item, self._others(at) if wants_others else None)
+        return Asked(item, self.target_items(at), self._others(at) if wants_others else None)
+
+    def target_items(self, at: Ints) -> Ints:
+        """(T,) table row that each event of these stretches is to tell, or -1."""
+        stretches = self.stretches[at]
+        if self.objective.targets != "masked":
+            return self._next_items(stretches)
+        return np.where(self._hidden(at), self.rows.item[self._events(stretches)], -1)
 
     def count(self, at: Ints) -> int:
         """How many known items these stretches ask for."""
@@ -62,7 +63,7 @@ class Questions:
             self.rows.offsets[stretches.row] + stop for stop in (stretches.stop - stretches.length, stretches.stop)
         )
         if self.objective.targets == "masked":
-            return int((self._hidden(at) & (self.rows.item[self._events(stretches)] >= self.meta.first_item)).sum())
+            return int((self.target_items(at) >= self.meta.first_item).sum())
         if self.objective.targets == "sampled":
             return int((self.rows.item[stop] >= self.meta.first_item).sum())
         return int((self._known_so_far[stop + 1] - self._known_so_far[first + 1]).sum())

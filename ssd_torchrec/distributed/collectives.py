@@ -1,7 +1,9 @@
-"""What ranks tell each other outside the model: sums of figures, and one rank's word for all. Each is collective."""
+"""What ranks tell each other: sums of figures, one rank's word for all, unequally many vectors. Each is collective."""
 
+from dataclasses import dataclass
 from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -25,3 +27,33 @@ def word_of_rank_0(value: T) -> T:
     words: list[T] = [value]
     dist.broadcast_object_list(words, src=0)
     return words[0]
+
+
+@dataclass(frozen=True)
+class Everyone:
+    """Where each rank's m vectors stand among the M of all, the shorter ranks' padded to the longest."""
+
+    most: int
+    mine: int
+    rank: int
+    world_size: int
+    group: dist.ProcessGroup | None
+
+    @classmethod
+    def of(cls, mine: int, device: torch.device, group: dist.ProcessGroup | None = None) -> "Everyone":
+        """Make ranks that bring `mine` vectors known to each other; waits for the device."""
+        most = torch.tensor(mine, device=device)
+        dist.all_reduce(most, dist.ReduceOp.MAX, group=group)
+        return cls(int(most), mine, dist.get_rank(group), dist.get_world_size(group), group)
+
+    def gather(self, values: Tensor, empty: float = 0) -> Tensor:
+        """(m, ...) of each rank as (M, ...) on all, padded with `empty`."""
+        padded = values.new_full((self.most, *values.shape[1:]), empty)
+        padded[: self.mine] = values
+        parts = [torch.empty_like(padded) for _ in range(self.world_size)]
+        dist.all_gather(parts, padded, group=self.group)
+        return torch.cat(parts)
+
+    def own(self, values: Tensor) -> Tensor:
+        """(m, ...) of this rank from (M, ...)."""
+        return values[self.rank * self.most :][: self.mine]

@@ -29,6 +29,7 @@ TABLE_OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "rowwise_adagrad": RowWiseAdagrad,
     "adam": torch.optim.Adam,
 }
+ADAM_BETAS = (0.9, 0.999)  # of tables: FBGEMM's defaults, and PyTorch's
 MUON_LEAST = 16  # rows and columns; to orthogonalise less says little, such as a gate's 4 x 16
 UNDECAYED = {"A_log", "D", "dt_bias"}  # decay rates, skips and step sizes of an SSM: zero means nothing special to them
 LOOKED_UP = {"positions", "position_key", "position_value", "interval_key", "interval_value"}  # tables, not maps
@@ -81,6 +82,35 @@ def fuse_into_backward(tables: Iterable[nn.Parameter], config: ShardingConfig) -
     """Mark tables to be updated inside backward; before they are sharded."""
     for table in tables:
         _apply_optimizer_in_backward(TABLE_OPTIMIZERS[config.optimizer], [table], table_options(config))
+
+
+@torch.no_grad()
+def step_rows(
+    kind: str, weight: Tensor, gradient: Tensor, state: Mapping[str, Tensor], *, rate: float, eps: float
+) -> None:
+    """Do in place to rows of a table what FBGEMM's fused optimizer does to them.
+
+    Args:
+        weight: (R, D).
+        gradient: (R, D), used up.
+        state: as `state.TABLE_STATE` has it: sum (R, D) of adagrad, sum (R,) of rowwise_adagrad, exp_avg and exp_avg_sq
+            (R, D) and step () of adam, which counts this step already; betas are 0.9 and 0.999, FBGEMM's own.
+    """
+    if kind == "sgd":
+        weight.sub_(gradient, alpha=rate)
+    elif kind == "adagrad":
+        state["sum"].addcmul_(gradient, gradient)
+        weight.addcdiv_(gradient, state["sum"].sqrt().add_(eps), value=-rate)
+    elif kind == "rowwise_adagrad":
+        state["sum"].add_(gradient.square().mean(1))
+        weight.sub_(gradient.mul_(rate / state["sum"].sqrt().add_(eps)[:, None]))
+    else:
+        assert kind == "adam"
+        first, second, step = state["exp_avg"], state["exp_avg_sq"], int(state["step"])
+        first.lerp_(gradient, 1 - ADAM_BETAS[0])
+        second.mul_(ADAM_BETAS[1]).addcmul_(gradient, gradient, value=1 - ADAM_BETAS[1])
+        mean = first / (1 - ADAM_BETAS[0] ** step)
+        weight.addcdiv_(mean, (second / (1 - ADAM_BETAS[1] ** step)).sqrt_().add_(eps), value=-rate)
 
 
 def unfused(tables: Mapping[str, nn.Parameter], config: ShardingConfig) -> KeyedOptimizer:

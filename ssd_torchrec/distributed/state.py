@@ -19,6 +19,7 @@ from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimize
 from torchrec.optim.keyed import KeyedOptimizer
 
 from ssd_torchrec.distributed.shard import Trainable
+from ssd_torchrec.distributed.tables import local_pieces
 from ssd_torchrec.errors import CheckpointError
 
 Value = Tensor | ShardedTensor
@@ -58,6 +59,12 @@ def dense_state(trainable: Trainable) -> dict[str, Value]:
         for what, value in dense.state.get(parameter, {}).items()
         if isinstance(value, Tensor)
     }
+
+
+def local_rows(value: Value) -> tuple[Tensor, int]:
+    """This rank's part of a table split by rows, live, and the row of the table at which it begins."""
+    ((rows, (first_row, *_)),) = local_pieces(value)
+    return rows, first_row
 
 
 def after_loading(trainable: Trainable) -> None:

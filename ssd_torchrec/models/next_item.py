@@ -31,8 +31,10 @@ from ssd_torchrec.data.batch import Batch
 from ssd_torchrec.encoders.encoder import Encoder
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.ops.item_softmax import item_softmax
+from ssd_torchrec.ops.precision import as_given
 
 ITEM_TABLE = "item"
+ITEM_WEIGHT = f"items.embeddings.{ITEM_TABLE}.weight"  # of a NextItemModel's state
 INIT_STD = 0.02  # of every table, as all the published systems have it
 
 
@@ -123,6 +125,49 @@ class BinaryCrossEntropyLoss(nn.Module):
         right, wrong = ((queries * candidates[of[asked]]).sum(-1) for of in (batch.target, batch.negative))
         total = (F.softplus(-right) + F.softplus(wrong)).sum()
         return total * (self.world_size / batch.global_targets), torch.stack([total.detach(), asked.sum().to(total)])
+
+
+class SampledSoftmaxLoss(nn.Module):
+    """Cross-entropy over the items S drawn for the batch and each query's own target, averaged as above.
+
+        o[i, k] = queries[i] . candidates[k] - log_q[k]
+        loss[i] = log(exp o[i, t] + sum over k in S except t of exp o[i, k]) - o[i, t]          t: target of query i
+
+    A target that was drawn counts once; targets of other queries that were not drawn do not count. That t, of S and t,
+    is what was asked for has a chance in proportion to that of t in the whole catalogue over q[t]: so with log_q
+    subtracted the scores learn the logarithms of the chances in the whole catalogue.
+
+    Source: Bengio & Senécal 2008, Adaptive importance sampling; Jean et al. 2015, arXiv:1412.2007; Yi et al. 2019,
+    Sampling-bias-corrected neural modeling, RecSys, for S the targets of the batch.
+    """
+
+    def __init__(self, world_size: int = 1) -> None:
+        super().__init__()
+        self.world_size = world_size
+
+    def forward(self, queries: Tensor, candidates: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """From (T, D) queries and (C, D) candidates, in fp32 or the dtype of both; returns as `FullSoftmaxLoss`."""
+        asked = batch.target >= 0
+        queries = queries.masked_fill(~asked[:, None], 0)  # one that is not asked may be anything, even NaN
+        with as_given(queries):  # half precision would lose what is left of candidate 0's gradient, below
+            total = torch.where(asked, _sampled_softmax(queries, candidates, batch), 0).sum()
+        return total * (self.world_size / batch.global_targets), torch.stack([total.detach(), asked.sum().to(total)])
+
+
+def _sampled_softmax(queries: Tensor, candidates: Tensor, batch: Batch) -> Tensor:
+    """(T,) loss where there is a target; any finite number elsewhere.
+
+    The (T, S) scores are never held. Where the target t was drawn the loss is that over S. Elsewhere the loss over S
+    with candidate 0 for its target, plus candidate 0's score, is the log of the sum over S that o[t] is held against.
+    """
+    assert batch.log_q is not None, "the objective draws negatives"
+    drawn, log_q = candidates[: batch.num_shared], batch.log_q[: batch.num_shared]
+    is_drawn = batch.target < batch.num_shared
+    over_drawn = item_softmax(queries, drawn, torch.where(is_drawn, batch.target, 0), log_q=log_q)
+    others = over_drawn + (queries * drawn[0]).sum(-1) - log_q[0]
+    at = batch.target.clamp_min(0)
+    right = (queries * candidates[at]).sum(-1) - batch.log_q[at]
+    return torch.where(is_drawn, over_drawn, -F.logsigmoid(right - others))
 
 
 class NextItemModel(nn.Module):

@@ -82,9 +82,8 @@ def catalogue(model: NextItemModel, device: torch.device, items_per_chunk: int) 
         yield model.item_vectors(torch.arange(start, min(start + items_per_chunk, stop), device=device)).float()
 
 
-def with_first_item(chunks: Iterable[Tensor]) -> Iterator[tuple[int, Tensor]]:
-    """Each chunk of the catalogue with the number of its first item."""
-    first = 0
+def with_first_item(chunks: Iterable[Tensor], first: int = 0) -> Iterator[tuple[int, Tensor]]:
+    """Each chunk with the number of its first item, the first chunk's being `first`."""
     for chunk in chunks:
         yield first, chunk
         first += len(chunk)

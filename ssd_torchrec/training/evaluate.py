@@ -1,35 +1,27 @@
-"""Rank the full catalogue for each user, without ever holding a (users, items) score matrix.
+"""Rank the full catalogue for each user: first all users' queries, then the rank of what each wanted.
 
-    1. every rank encodes its users' histories: (M, D) queries, each with one wanted item
-    2. the catalogue passes by in chunks, looked up in the sharded table by all ranks together, twice:
-       once to score the wanted items, once to count how many items score at least as much
-
-Both passes score with the same matrix products, so a tie is a tie to the last bit, and ties count against the model.
+Every rank encodes its own users' histories. A table split by rows is ranked in place, any other as it passes by in
+chunks, looked up by all ranks together.
 """
 
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from ssd_torchrec.data.batch import Batch
+from ssd_torchrec.distributed.vocab_parallel import CatalogueShard
 from ssd_torchrec.models.next_item import NextItemModel
-from ssd_torchrec.training.catalogue import QUERIES_PER_BLOCK, Seen, SeenInBlock, catalogue, with_first_item
+from ssd_torchrec.training.catalogue import Seen, catalogue
+from ssd_torchrec.training.in_place import rank_in_place
 from ssd_torchrec.training.metrics import means, ranking_sums
-
-
-@dataclass(frozen=True, eq=False)
-class Questions:
-    """M users of this rank and the one item each should be recommended; items count from 0 at the first real item."""
-
-    queries: Tensor  # (M, D) fp32
-    wanted: Tensor  # (M,) int64
-    seen: Seen  # empty where seen items stay in the ranking
+from ssd_torchrec.training.ranking import Questions, rank_wanted
 
 
 def evaluate(
     model: NextItemModel,
+    shard: CatalogueShard | None,
     batches: Iterable[Batch],
     item_counts: Tensor,
     reduce_sum: Callable[[Tensor], Tensor],
@@ -43,6 +35,7 @@ def evaluate(
 
     Args:
         model: the model itself, not its data-parallel wrapper; put into eval mode and back.
+        shard: this rank's rows of the item table, if that is split by rows.
         batches: histories on the model's device, each with its target at the last event.
         item_counts: (V,) int64 training events of each item.
         reduce_sum: adds an fp64 vector up over the ranks.
@@ -61,55 +54,13 @@ def evaluate(
             def items() -> Iterator[Tensor]:
                 return catalogue(model, questions.queries.device, candidates_per_chunk)
 
-            ranks = rank_wanted(questions, items)
+            ranks = rank_in_place(questions, shard, candidates_per_chunk) if shard else rank_wanted(questions, items)
             counts = item_counts.to(questions.queries)[:, None]  # (V, 1): popularity is a catalogue of width 1
             blind = replace(questions, queries=torch.ones_like(questions.queries[:, :1]))
             popular = rank_wanted(blind, lambda: iter(counts.split(candidates_per_chunk)))
             return means(reduce_sum(ranking_sums(ranks))), means(reduce_sum(ranking_sums(popular)))
     finally:
         model.train(was_training)
-
-
-def rank_wanted(questions: Questions, items: Callable[[], Iterator[Tensor]]) -> Tensor:
-    """Rank of each wanted item, 1 the best, ties against it.
-
-    Args:
-        items: each call gives the item vectors (chunk, D) again, in order from item 0.
-
-    Returns:
-        (M,) int64.
-    """
-    blocks = list(_blocks(questions))
-    wanted_score = torch.full_like(questions.queries[:, 0], -torch.inf)
-    for first, vectors in with_first_item(items()):
-        for block in blocks:
-            inside = (block.wanted >= first) & (block.wanted < first + len(vectors))
-            scores = block.queries @ vectors.T
-            column = torch.where(inside, block.wanted - first, 0)
-            found = scores.gather(1, column[:, None])[:, 0]
-            wanted_score[block.at] = torch.where(inside, found, wanted_score[block.at])
-    rank = torch.zeros_like(questions.wanted)
-    for first, vectors in with_first_item(items()):
-        for block in blocks:
-            scores = block.queries @ vectors.T
-            block.seen.drop_from(scores, first, block.wanted)
-            rank[block.at] += (scores >= wanted_score[block.at, None]).sum(1)
-    return rank
-
-
-@dataclass(frozen=True, eq=False)
-class _Block:
-    at: slice
-    queries: Tensor
-    wanted: Tensor
-    seen: SeenInBlock
-
-
-def _blocks(questions: Questions) -> Iterator[_Block]:
-    for start in range(0, len(questions.queries), QUERIES_PER_BLOCK):
-        at = slice(start, start + QUERIES_PER_BLOCK)
-        seen = questions.seen.of_queries(at.start, at.stop)
-        yield _Block(at, questions.queries[at], questions.wanted[at], seen)
 
 
 def _ask(model: NextItemModel, batches: Iterable[Batch], filter_seen: bool) -> Questions:

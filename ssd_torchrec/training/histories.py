@@ -43,7 +43,9 @@ class Histories:
     def training(self, config: RunConfig, world: World) -> TrainingBatches:
         """This rank's share of the training batches."""
         batches = replace(config.data.batches(config.training.seed), max_length=config.max_length)
-        return TrainingBatches(self.histories, self.spans, batches, _share(world), config.objective)
+        return TrainingBatches(
+            self.histories, self.spans, batches, _share(world), config.objective, self.counts.numpy()
+        )
 
     def asked(self, stage: Stage, config: RunConfig, evaluation: EvaluationConfig, world: World) -> EvaluationBatches:
         """This rank's share of the histories that a stage asks about."""

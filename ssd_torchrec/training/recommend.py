@@ -2,8 +2,9 @@
 
     users file ─► rows of a data set ─► whole histories in batches ─► (M, D) queries ─► top k over the catalogue ─► file
 
-Users known to the data set are asked about once, however often they are asked for. Every `users_per_pass` users the
-catalogue passes by once, in chunks, looked up in the sharded table by all ranks together. The answers are kept, 8 k
+Users known to the data set are asked about once, however often they are asked for. For every
+`users_per_pass` users the catalogue is scored once, in chunks: where it lies if its table is split by rows, else looked
+up by all ranks together. The answers are kept, 8 k
 bytes a user, and written by rank 0 in the order asked for.
 """
 
@@ -33,11 +34,13 @@ from ssd_torchrec.data.vocabulary import Vocabulary
 from ssd_torchrec.distributed.checkpoint import load_weights
 from ssd_torchrec.distributed.collectives import word_of_rank_0
 from ssd_torchrec.distributed.process import World, all_or_none, from_all_ranks, ranks_where
+from ssd_torchrec.distributed.vocab_parallel import CatalogueShard
 from ssd_torchrec.errors import CheckpointError, ConfigError, DataError
-from ssd_torchrec.models.next_item import NextItemModel
+from ssd_torchrec.models.next_item import ITEM_WEIGHT, NextItemModel
 from ssd_torchrec.training.build import build
 from ssd_torchrec.training.catalogue import Seen, catalogue
 from ssd_torchrec.training.histories import data_folder
+from ssd_torchrec.training.in_place import top_items_in_place
 from ssd_torchrec.training.run import checkpoint_at, config_of
 from ssd_torchrec.training.top_items import NOTHING, items_of, scores_of, top_items
 
@@ -137,7 +140,8 @@ def recommend(path: Path, users: Path, output: Path, config: RecommendConfig, wo
         plan = BatchConfig(tokens_per_batch=config.tokens_per_batch, max_length=run.max_asked)
         share = Share(rank=world.rank, world_size=world.size)
         batches = HistoryBatches(histories, rows, plan, share, asks_at_mask=run.objective.asks_at_mask)
-        keys = _answers(trainable.module, batches, len(rows), config, world)
+        shard = CatalogueShard.of(trainable, ITEM_WEIGHT, known.meta.first_item)
+        keys = _answers(trainable.module, shard, batches, len(rows), config, world)
         with all_or_none(f"writing {output}", DataError):
             counts = np.zeros(0, np.int64)
             if world.rank == 0:
@@ -190,7 +194,14 @@ def _ask(
     return asked, known if asked.folder == known.folder else open_dataset(asked.folder)
 
 
-def _answers(model: NextItemModel, asked: HistoryBatches, num_rows: int, config: RecommendConfig, world: World) -> Ints:
+def _answers(
+    model: NextItemModel,
+    shard: CatalogueShard | None,
+    asked: HistoryBatches,
+    num_rows: int,
+    config: RecommendConfig,
+    world: World,
+) -> Ints:
     """Keys of the best items of each of these rows, on every rank: (C, min(k, V)) int64. Collective."""
     answers = np.full((num_rows, min(config.k, model.tables.num_items)), NOTHING)
     bar = Progress(disable=world.rank > 0 or not sys.stdout.isatty(), transient=True)
@@ -199,8 +210,10 @@ def _answers(model: NextItemModel, asked: HistoryBatches, num_rows: int, config:
     with torch.no_grad(), bar:  # inference mode hides the keys under which FBGEMM registers its CPU lookups
         for parts in _passes(asked, config.users_per_pass):
             queries, seen = _queries(model, parts, config.filter_seen, world.device)
-            items = catalogue(model, world.device, config.candidates_per_chunk)
-            keys = top_items(queries, seen, items, config.k)
+            if shard:
+                keys = top_items_in_place(queries, seen, shard, config.k, config.candidates_per_chunk)
+            else:
+                keys = top_items(queries, seen, catalogue(model, world.device, config.candidates_per_chunk), config.k)
             _refuse_broken(keys, world)
             ours = np.concatenate([part.chosen for part in parts])
             for chosen, found in from_all_ranks((ours, keys.cpu().numpy())):

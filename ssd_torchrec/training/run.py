@@ -22,12 +22,13 @@ from ssd_torchrec.distributed.collectives import sum_over_ranks
 from ssd_torchrec.distributed.pipeline import pipelined
 from ssd_torchrec.distributed.process import World, all_or_none
 from ssd_torchrec.distributed.shard import Trainable, set_learning_rate
+from ssd_torchrec.distributed.vocab_parallel import CatalogueShard
 from ssd_torchrec.encoders.bi_tim4rec import BiTiM4RecConfig
 from ssd_torchrec.encoders.registry import name_of
 from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
 from ssd_torchrec.errors import CheckpointError, ConfigError, DivergedError
-from ssd_torchrec.models.next_item import NextItemModel
-from ssd_torchrec.training.build import build
+from ssd_torchrec.models.next_item import ITEM_WEIGHT, NextItemModel
+from ssd_torchrec.training.build import build, scores_in_place
 from ssd_torchrec.training.config import EvaluationConfig, RunConfig
 from ssd_torchrec.training.evaluate import evaluate
 from ssd_torchrec.training.histories import Histories
@@ -168,12 +169,16 @@ class Run:
 
         return Steps(
             pipeline=lambda: pipelined(self.trainable, self.world.device),
-            batches=self.training.epoch,
+            batches=partial(self.training.epoch, with_candidates=not self._in_place),
             set_rate=partial(set_learning_rate, self.trainable.optimizer),
             validate=lambda: self._assess("valid")[0],
             save=save,
             reduce_sum=partial(sum_over_ranks, world=self.world),
         )
+
+    @property
+    def _in_place(self) -> bool:
+        return scores_in_place(self.config, self.trainable, self.data.histories.meta.num_items)
 
     def _assess(self, stage: Stage) -> tuple[dict[str, float], dict[str, float]]:
         return assess(self.trainable, self.data, stage, self.config, self.config.evaluation, self.world)
@@ -221,6 +226,7 @@ def assess(
     assert isinstance(module, NextItemModel)
     return evaluate(
         module,
+        CatalogueShard.of(trainable, ITEM_WEIGHT, module.tables.first_item),
         (batch.to(world.device) for batch in data.asked(stage, config, evaluation, world)),
         data.counts,
         partial(sum_over_ranks, world=world),

@@ -18,13 +18,13 @@ _LOW = 2**32 - 1
 _ALL_BUT_SIGN = 2**31 - 1
 
 
-def top_items(queries: Tensor, seen: Seen, chunks: Iterable[Tensor], k: int) -> Tensor:
+def top_items(queries: Tensor, seen: Seen, chunks: Iterable[Tensor], k: int, first_item: int = 0) -> Tensor:
     """Keys of the best items of each query, best first; `scores_of` and `items_of` take them apart.
 
     Args:
         queries: (M, D) fp32.
         seen: what each query is not to get; empty where it may get everything.
-        chunks: item vectors (C, D) fp32 in order from item 0; drawn to the end even if there is no query.
+        chunks: item vectors (C, D) fp32 in order from item `first_item`; drawn to the end even if there is no query.
         k: at least 1.
 
     Returns:
@@ -34,7 +34,7 @@ def top_items(queries: Tensor, seen: Seen, chunks: Iterable[Tensor], k: int) -> 
     starts = [number * QUERIES_PER_BLOCK for number in range(len(blocks))]
     dropped = [seen.of_queries(start, start + len(block)) for start, block in zip(starts, blocks, strict=True)]
     best = [torch.empty(len(block), 0, dtype=torch.int64, device=queries.device) for block in blocks]
-    for first, vectors in with_first_item(chunks):
+    for first, vectors in with_first_item(chunks, first_item):
         for number, block in enumerate(blocks):
             scores = block @ vectors.T
             dropped[number].drop_from(scores, first)

@@ -3,6 +3,7 @@ import pytest
 import torch
 
 from ssd_torchrec.data.batch import collate
+from ssd_torchrec.data.negatives import NegativeSampler, SharedNegatives
 from ssd_torchrec.data.schema import DatasetMeta
 from tests.data.samples import FIRST_ITEM, NUM_ITEMS, rows_of
 
@@ -70,7 +71,23 @@ def test_timestamps_keep_every_second():
     assert batch.features["timestamp"].values().tolist() == [second]
 
 
+def test_drawn_candidates_are_followed_by_the_other_targets():
+    sampler = NegativeSampler("uniform", 4, np.ones(NUM_ITEMS, np.int64))
+    shared = SharedNegatives(sampler, np.array([0, 4, 6]), 4)  # rows 3, 7 and 9
+    batch = batch_of([[7, 3, 3, 9, 4, 4]], [9, 52, 3, -1, 8, 52], shared=shared)
+    assert batch.features["candidate"].values().tolist() == [3, 7, 9, 8, 52]
+    assert batch.target.tolist() == [2, 4, 0, -1, 3, 4]
+    assert batch.num_shared == 3
+    assert batch.log_q.tolist() == pytest.approx([np.log(1 - (1 - 1 / NUM_ITEMS) ** 4)] * 5)
+
+
 def test_moving_a_batch_moves_all_of_it():
-    batch = batch_of([[7, 3]], [3, 8]).to(torch.device("meta"))
-    assert batch.features.values().device.type == batch.target.device.type == batch.layout.offsets.device.type == "meta"
-    assert batch.global_targets == 9
+    sampler = NegativeSampler("uniform", 4, np.ones(NUM_ITEMS, np.int64))
+    for drawn in ({"negative_item": np.array([9, 9])}, {"shared": sampler.shared(0)}):
+        batch = batch_of([[7, 3]], [3, 8], **drawn)
+        moved = batch.to(torch.device("meta"))
+        for name, part in vars(moved).items():
+            assert type(part) is type(getattr(batch, name))
+        parts = [moved.features.values(), moved.target, moved.layout.offsets, moved.negative, moved.log_q]
+        assert {part.device.type for part in parts if part is not None} == {"meta"}
+        assert (moved.global_targets, moved.num_shared) == (9, batch.num_shared)

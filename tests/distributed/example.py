@@ -3,7 +3,7 @@
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torchrec import KeyedJaggedTensor
 
 from ssd_torchrec.data.batch import Batch
@@ -26,12 +26,12 @@ def trainable(world: World, sharding: ShardingConfig, dense: DenseOptimizerConfi
     return shard(model(world, **shape), sharding, dense, world, seed=SEED)
 
 
-def model(world: World, *, items: int = ITEMS, context: bool = True) -> NextItemModel:
+def model(world: World, *, items: int = ITEMS, context: bool = True, loss: nn.Module | None = None) -> NextItemModel:
     torch.manual_seed(SEED)
     tables = TablesConfig(
         num_item_rows=FIRST_ITEM + items, first_item=FIRST_ITEM, context={"segment": SEGMENTS} if context else {}
     )
-    return NextItemModel(tables, TiM4Rec(ENCODER), FullSoftmaxLoss(world.size), table_device="meta")
+    return NextItemModel(tables, TiM4Rec(ENCODER), loss or FullSoftmaxLoss(world.size), table_device="meta")
 
 
 def rows_of(step: int) -> list[Row]:
@@ -46,10 +46,10 @@ def rows_of(step: int) -> list[Row]:
     return rows
 
 
-def batch(step: int, world: World, *, equal_rows: bool = False) -> Batch:
+def batch(step: int, world: World, *, equal_rows: bool = False, candidates: bool = True) -> Batch:
     """This rank's share of global batch `step`: every event is to predict the item 7 further on.
 
-    Ranks bring unequally many rows unless `equal_rows` fills them up with empty ones.
+    Ranks bring unequally many rows unless `equal_rows` fills them up with empty ones. `candidates`: list the catalogue.
     """
     rows = rows_of(step)
     if equal_rows:
@@ -59,7 +59,7 @@ def batch(step: int, world: World, *, equal_rows: bool = False) -> Batch:
     values = {
         "item": items,
         "timestamp": [torch.tensor(r[1], dtype=torch.int64) for r in mine],
-        "candidate": [torch.arange(FIRST_ITEM, FIRST_ITEM + ITEMS), *[items[0][:0]] * (len(mine) - 1)],
+        "candidate": [torch.arange(FIRST_ITEM, FIRST_ITEM + ITEMS * candidates), *[items[0][:0]] * (len(mine) - 1)],
         "segment": [torch.tensor(r[2], dtype=torch.int64) for r in mine],
     }
     features = KeyedJaggedTensor.from_lengths_sync(
@@ -72,11 +72,11 @@ def batch(step: int, world: World, *, equal_rows: bool = False) -> Batch:
     return Batch(features, layout, target, global_targets=sum(len(r[0]) for r in rows))
 
 
-def train(t: Trainable, world: World, steps: range, *, equal_rows: bool = False) -> list[float]:
+def train(t: Trainable, world: World, steps: range, **options: bool) -> list[float]:
     """Plain steps without a pipeline; the mean loss in nats over the global batch of each."""
     losses = []
     for step in steps:
-        mine = batch(step, world, equal_rows=equal_rows)
+        mine = batch(step, world, **options)
         t.optimizer.zero_grad()
         loss, local = t.model(mine)
         loss.backward()

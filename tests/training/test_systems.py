@@ -3,12 +3,14 @@
 import json
 import shlex
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
 from ssd_torchrec.__main__ import main
+from ssd_torchrec.data.objective import Negatives
 from ssd_torchrec.data.parquet import open_dataset
 from ssd_torchrec.data.rows import Rows, offsets_of
 from ssd_torchrec.data.vocabulary import Vocabulary
@@ -57,6 +59,17 @@ def test_every_system_learns_more_than_what_is_popular(system, data, tmp_path):
     assert main(words_of(system, *flags, "--", *QUICK)) == 0
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["model"] == system
+    for stage in ("valid", "test"):
+        assert result[stage]["ndcg@10"] > 1.5 * result["most_popular"][stage]["ndcg@10"]
+
+
+@pytest.mark.parametrize("negatives", get_args(Negatives))
+def test_against_items_drawn_for_the_batch_as_much_is_learned(negatives, data, tmp_path):
+    flags = ["-j", "1x1", "--data", str(data), "--output", str(tmp_path), "--name", "run"]
+    drawn = ["--objective.loss", "sampled_softmax", "--objective.negatives", negatives]
+    drawn += [] if negatives == "in_batch" else ["--objective.num-negatives", "16"]  # of 40 items
+    assert main(words_of("tim4rec", *flags, "--", *QUICK, *drawn)) == 0
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
     for stage in ("valid", "test"):
         assert result[stage]["ndcg@10"] > 1.5 * result["most_popular"][stage]["ndcg@10"]
 

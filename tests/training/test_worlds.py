@@ -12,10 +12,19 @@ OPTIONS = f"""--encoder.width 16 --encoder.head-width 8 --encoder.state 8 --enco
     """.split()
 
 
-def test_two_processes_end_where_one_does(tmp_path):
+DRAWN = "--objective.loss sampled_softmax --objective.negatives log_uniform --objective.num-negatives 100"
+LOSSES = {  # of one process and of two
+    "softmax": ([], ["--objective.scored", "looked_up"]),
+    "in-place": ([], ["--objective.scored", "in_place"]),
+    "drawn": (DRAWN.split(), DRAWN.split()),
+}
+
+
+@pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES)
+def test_two_processes_end_where_one_does(losses, tmp_path):
     data = tmp_path / "data"
     generate(SyntheticConfig(num_users=30), data)
-    jobs = {number: start(number, data, tmp_path, f"world-{number}", OPTIONS) for number in (1, 2)}
+    jobs = {n: start(n, data, tmp_path, f"world-{n}", [*OPTIONS, *loss]) for n, loss in enumerate(losses, 1)}
     for job in jobs.values():
         finish(job)
     one, two = (logged(tmp_path / f"world-{number}") for number in jobs)

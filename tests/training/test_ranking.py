@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_torchrec.training import evaluate
+from ssd_torchrec.training import ranking
 from ssd_torchrec.training.catalogue import Seen
-from ssd_torchrec.training.evaluate import Questions, rank_wanted
+from ssd_torchrec.training.ranking import Questions, rank_wanted
 
 NONE = Seen.none()
 
@@ -32,7 +32,7 @@ def test_a_tie_counts_against_the_target():
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_ranking_by_chunks_is_ranking_the_whole_score_matrix(chunk, monkeypatch):
-    monkeypatch.setattr(evaluate, "QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(ranking, "QUERIES_PER_BLOCK", 4)
     rng = torch.Generator().manual_seed(0)
     queries = torch.randn(10, 8, generator=rng)
     vectors = torch.randn(50, 8, generator=rng)
@@ -61,7 +61,7 @@ def test_no_queries_rank_nothing():
 
 @pytest.mark.parametrize("chunk", [1, 7, 100])
 def test_what_each_query_has_seen_is_found_again_in_blocks_and_chunks(chunk, monkeypatch):
-    monkeypatch.setattr(evaluate, "QUERIES_PER_BLOCK", 4)
+    monkeypatch.setattr(ranking, "QUERIES_PER_BLOCK", 4)
     rng = torch.Generator().manual_seed(1)
     queries, vectors = torch.randn(10, 8, generator=rng), torch.randn(50, 8, generator=rng)
     wanted = torch.randint(0, 50, (10,), generator=rng)
