@@ -62,8 +62,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("systems", nargs="*", default=CAUSAL, help=f"of {', '.join(CAUSAL)}")
     asked = parser.parse_args()
-    known = RESULTS.read_text().splitlines()[len(head()) :] if RESULTS.exists() else []
-    lines = {text.split("|")[1].strip(): text for text in known if text.startswith("| ")}
+    known = RESULTS.read_text().splitlines() if RESULTS.exists() else []
+    lines = {text.split("|")[1].strip(): text for text in known if text.startswith("| ") and text not in head()}
     with tempfile.TemporaryDirectory() as scratch:
         generate(LAW, Path(scratch) / "data")
         for system in asked.systems:

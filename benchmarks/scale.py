@@ -152,7 +152,7 @@ def run(case: Case) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         result = Path(scratch) / "result.json"
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(case.processes)]
-        command += ["--master-port", "0", "-m", "benchmarks.scale", "--case", json.dumps(asdict(case))]
+        command += ["--standalone", "-m", "benchmarks.scale", "--case", json.dumps(asdict(case))]
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         subprocess.run([*command, "--result", str(result)], check=True, env=environment)
         ranks = json.loads(result.read_text())

@@ -5,6 +5,7 @@ run that has no name.
 """
 
 import argparse
+import json
 import logging
 import os
 import sys
@@ -13,11 +14,14 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import tyro
 
 from ssd_torchrec.errors import ConfigError, SSDTorchRecError
+
+if TYPE_CHECKING:
+    from ssd_torchrec.distributed.capacity import Capacity
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -152,6 +156,136 @@ def _train(words: list[str]) -> int:
     return 0
 
 
+def _plan(words: list[str]) -> int:
+    from ssd_torchrec.distributed.capacity import CapacityRequest, figures, plan_capacity
+    from ssd_torchrec.training.presets import presets
+
+    runs, preset = presets(), _value_of("--preset", words) or "tim4rec"
+    if preset not in runs:
+        raise ConfigError(
+            f"--preset must be a preset of `ssd-torchrec train --help`, got {preset!r}; take one of those"
+        )
+    run = runs[preset][1]
+
+    @dataclass(frozen=True, kw_only=True)
+    class Plan:
+        items: int
+        """Items of the catalogue."""
+
+        ranks: int
+        """GPUs, one a process."""
+
+        memory_gib: float
+        """Memory of a GPU in GiB."""
+
+        preset: str = "tim4rec"
+        """Preset of `ssd-torchrec train`, which then is the default of the options below."""
+
+        batch: int = run.data.tokens_per_batch
+        """Events of one global batch, over all ranks."""
+
+        mean_length: float = min(50, run.max_length or 50)
+        """Events of a history that the encoder sees, on average."""
+
+        width: int = run.encoder.width
+        """Channels of an event, and of the tables."""
+
+        sharding: Literal["auto", "none", "row_wise", "table_wise", "column_wise", "data_parallel"] = (
+            run.sharding.sharding
+        )
+        """Split of every table. auto: by rows; whole on one rank. data_parallel is refused."""
+
+        optimizer: Literal["auto", "sgd", "adagrad", "rowwise_adagrad", "adam"] = run.sharding.optimizer
+        """What updates the tables. auto: adam."""
+
+        compute_kernel: Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"] = run.sharding.compute_kernel
+        """Where split tables lie: on the GPU, in the machine's memory, or there behind a cache on the GPU.
+        dense is refused."""
+
+        loss: Literal["softmax", "bce", "sampled_softmax"] = run.objective.loss
+        """What candidates cost: softmax over a large catalogue scores it where it lies."""
+
+        negatives: int = run.objective.num_negatives
+        """Draws for a global batch, of sampled_softmax."""
+
+        context: dict[str, int] = field(default_factory=dict)
+        """Context features: name and number of ids of each, such as city 5000."""
+
+        ranks_per_machine: int = 8
+        """GPUs that share a machine."""
+
+        host_memory_gib: float | None = None
+        """Memory of a machine in GiB, to judge what fused_uvm keeps there; without it, the need is told."""
+
+        json: bool = False
+        """Print one JSON object, with all bytes and ms."""
+
+    asked = tyro.cli(
+        Plan,
+        args=words,
+        prog="ssd-torchrec plan",
+        description=f"{COMMANDS['plan'].about} Starts no process and needs no GPU.",
+    )
+    objective = replace(run.objective, loss=asked.loss, num_negatives=asked.negatives)
+    sharding = replace(
+        run.sharding, sharding=asked.sharding, optimizer=asked.optimizer, compute_kernel=asked.compute_kernel
+    )
+    capacity = plan_capacity(
+        CapacityRequest(
+            items=asked.items,
+            ranks=asked.ranks,
+            memory_gib=asked.memory_gib,
+            encoder=replace(run.encoder, width=asked.width),
+            objective=objective,
+            sharding=sharding,
+            dense=run.dense,
+            context=asked.context,
+            tokens_per_batch=asked.batch,
+            mean_length=asked.mean_length,
+            ranks_per_machine=asked.ranks_per_machine,
+            host_memory_gib=asked.host_memory_gib,
+        )
+    )
+    if asked.json:
+        print(json.dumps(figures(capacity)))
+    else:
+        _print_capacity(capacity)
+    return 0
+
+
+def _print_capacity(capacity: "Capacity") -> None:
+    heaviest, step_ms = capacity.heaviest, capacity.step_ms
+    for table in capacity.tables:
+        first = table.shards[0]
+        part = f"{first.num_rows:,} rows x {first.num_columns}"
+        ranks = sorted(shard.rank for shard in table.shards)
+        over = f"up to {part} on each of ranks 0-{ranks[-1]}" if len(ranks) > 1 else f"on rank {ranks[0]}"
+        how = f"{table.sharding} {capacity.compute_kernel}".strip() if table.sharding != "none" else "whole"
+        print(f"{table.name}: {table.num_rows:,} rows x {table.width}, {how}, {capacity.optimizer}; {over}")
+    scored = "scored in place" if capacity.scored_in_place else f"{capacity.candidates_per_rank:,} candidates"
+    print(f"a rank's batch: {capacity.events_per_rank:,} events, {scored}\n")
+    print(f"rank {heaviest.rank}, the heaviest{'GiB':>14}")
+    for name in (
+        "weights",
+        "optimizer",
+        "gradient",
+        "cache",
+        "lookups",
+        "activations",
+        "dense",
+        "loss",
+        "total",
+        "host",
+    ):
+        if (size := getattr(heaviest, f"{name}_bytes")) or name == "total":
+            print(f"  {name:<18}{size / 2**30:>14,.3f}")
+    if step_ms is not None:
+        print(
+            f"\ntables, a step: {step_ms:,.3f} ms on the slowest rank, by TorchRec's estimate for its default hardware"
+        )
+    print(f"\n{capacity.verdict}")
+
+
 def _models(words: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
@@ -270,6 +404,67 @@ def _recommend(words: list[str]) -> int:
     return 0
 
 
+def _unshard(words: list[str]) -> int:
+    from ssd_torchrec.distributed.unshard import unshard
+    from ssd_torchrec.training.run import checkpoint_at
+
+    @dataclass(frozen=True, kw_only=True)
+    class Unshard:
+        checkpoint: tyro.conf.Positional[str]
+        """A checkpoint folder, or a run folder for its best one."""
+
+        file: tyro.conf.Positional[str]
+        """The file to write, such as whole.safetensors."""
+
+        replace: bool = False
+        """Put it in the place of a file that is there, once it is whole."""
+
+    asked = tyro.cli(
+        Unshard,
+        args=words,
+        prog="ssd-torchrec unshard",
+        description=f"{COMMANDS['unshard'].about} Weights, state of the optimizers, and what the run was; `reshard` "
+        "makes a checkpoint of it again, and refuses a file that lacks any of it.",
+    )
+    info = unshard(checkpoint_at(Path(asked.checkpoint)), Path(asked.file), replace=asked.replace)
+    print(f"{asked.file}: step {info.state.step}, {_optimizers(info)}")
+    return 0
+
+
+def _reshard(words: list[str]) -> int:
+    from ssd_torchrec.distributed.reshard import reshard
+    from ssd_torchrec.training.run import checkpoint_at
+
+    @dataclass(frozen=True, kw_only=True)
+    class Reshard:
+        source: tyro.conf.Positional[str]
+        """A checkpoint folder, a run folder for its best one, or a file that `unshard` wrote."""
+
+        folder: tyro.conf.Positional[str]
+        """Folder of the new checkpoint, to train on (--training.resume) or to evaluate."""
+
+        ranks: int = 1
+        """Ranks that each get a file, with their rows of every table."""
+
+    asked = tyro.cli(
+        Reshard,
+        args=words,
+        prog="ssd-torchrec reshard",
+        description=f"{COMMANDS['reshard'].about} Any number of ranks loads any checkpoint as it is: this saves them "
+        "reading and memory, since a rank reads whole each piece that holds a row of its own. The optimizers and their "
+        "state stay as they are.",
+    )
+    source = Path(asked.source)
+    info = reshard(source if source.is_file() else checkpoint_at(source), Path(asked.folder), ranks=asked.ranks)
+    print(f"{asked.folder}: step {info.state.step}, world size {info.world_size}, {_optimizers(info)}")
+    return 0
+
+
+def _optimizers(info: Any) -> str:
+    """What a checkpoint's optimizer state is of."""
+    return f"tables with the state of {info.table_optimizer}, the rest with that of {info.dense_optimizer}"
+
+
 def _inspect(words: list[str]) -> int:
     from ssd_torchrec.data.inspect import inspect_dataset
 
@@ -311,10 +506,15 @@ COMMANDS = {
     ),
     "prepare": Command(_prepare, "Make a data set of a raw log: k-core, order, vocabulary, in bounded memory."),
     "train": Command(_train, "Train a preset; every field of the run can be overridden."),
+    "plan": Command(_plan, "Does a catalogue fit these GPUs, and how many does it take? Tables, bytes and a verdict."),
     "models": Command(_models, "What can be trained: paper, direction, time, streaming, presets."),
     "import-weights": Command(_import_weights, "Make a run of the weights of a published program."),
     "evaluate": Command(_evaluate, "Rank the full catalogue with a checkpoint."),
     "recommend": Command(_recommend, "Write the best items of each user, from a checkpoint and a file of users."),
+    "unshard": Command(_unshard, "Write all of a checkpoint into one safetensors file."),
+    "reshard": Command(
+        _reshard, "Make a checkpoint for another number of ranks, of a checkpoint or of an unsharded file."
+    ),
     "inspect": Command(_inspect, "What is in a data set: counts, lengths, gaps, files."),
     "doctor": Command(_doctor, "Is this installation sound? Versions, what does not fit, and the mend."),
 }

@@ -1,4 +1,5 @@
 import json
+from pathlib import Path
 
 import pytest
 
@@ -82,3 +83,36 @@ def test_help_of_prepare_shows_presets_and_what_a_preset_sets(capsys):
     assert "ratings.dat" in shown
     assert "(default: video_id)" in shown
     assert "--k-core" in shown
+
+
+SMALL = {"encoder.width": 16, "encoder.head-width": 8, "encoder.state": 8, "training.warmup-steps": 1}
+
+
+def trained(data: Path, folder: Path, options: dict) -> dict:
+    given = {"data.path": data, "output": folder.parent, "name": folder.name, **SMALL, **options}
+    assert (
+        main(["train", "tim4rec", *(word for name, value in given.items() for word in (f"--{name}", str(value)))]) == 0
+    )
+    return json.loads((folder / "result.json").read_text())
+
+
+def test_a_run_goes_through_one_file_and_on_as_if_it_had_not(capsys, tmp_path):
+    data, first, file, back = (tmp_path / name for name in ("data", "first", "whole.safetensors", "back"))
+    assert main(["generate", str(data), "--law.num-users", "40"]) == 0
+    result = trained(data, first, {"training.epochs": 1, "dense.learning-rate": 1e-6})
+    capsys.readouterr()
+    assert main(["unshard", str(first), str(file)]) == 0
+    assert "whole.safetensors: step " in capsys.readouterr().out
+    assert main(["unshard", str(first), str(file)]) == 2
+    assert "must not be there yet" in capsys.readouterr().err
+    assert main(["unshard", str(first), str(file), "--replace"]) == 0
+    assert main(["reshard", str(file), str(back), "--ranks", "3"]) == 0
+    assert "world size 3, tables with the state of adam, the rest with that of adam" in capsys.readouterr().out
+    assert main(["evaluate", str(back)]) == 0
+    assert f"{result['test']['ndcg@10']:.4f}" in capsys.readouterr().out
+    more = [
+        trained(data, tmp_path / f"from-{of.name}", {"training.epochs": 4, "training.resume": of})
+        for of in (first, back)
+    ]
+    assert more[0]["best_epoch"] > 1
+    assert [more[1][stage] for stage in ("valid", "test")] == [more[0][stage] for stage in ("valid", "test")]

@@ -15,11 +15,13 @@ Nothing random is kept: the loop seeds what it draws from the seed, the step and
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.distributed as dist
 
 from ssd_torchrec.distributed import checkpoint_files as files
@@ -182,7 +184,18 @@ def read_info(path: Path) -> CheckpointInfo:
     Raises:
         CheckpointError: there is no checkpoint, or checkpoint.json is damaged or of a newer format.
     """
-    content = files.read_json_with_sum(path / files.INFO_FILE)
+    return info_of(files.read_json_with_sum(path / files.INFO_FILE), path)
+
+
+def info_of(content: dict[str, Any], path: Path) -> CheckpointInfo:
+    """What a checkpoint says of itself, from the content of its checkpoint.json.
+
+    Args:
+        path: where it was found, for the message.
+
+    Raises:
+        CheckpointError: it is of a newer format.
+    """
     if content.get("format") != FORMAT:
         raise CheckpointError(
             f"{path} must have format {FORMAT}, got {content.get('format')}; "
@@ -248,11 +261,7 @@ def _publish(writing: Path, step: int, best: bool) -> Path:
 
 
 def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    files.sync(folder)
 
 
 def _drop_old(folder: Path, keep: int) -> None:
@@ -276,9 +285,14 @@ def _checkpoints(folder: Path) -> list[Path]:
     return [path for *_, path in sorted(found)]
 
 
+def signature_of(dtype: torch.dtype, shape: Sequence[int]) -> list[Any]:
+    """Dtype and shape as checkpoint.json notes them."""
+    return [str(dtype).removeprefix("torch."), *shape]
+
+
 def _signature(trainable: Trainable) -> dict[str, list[Any]]:
     return {
-        name.removeprefix("model."): [str(dtype_of(value)).removeprefix("torch."), *global_shape(value)]
+        name.removeprefix("model."): signature_of(dtype_of(value), global_shape(value))
         for name, value in model_state(trainable).items()
     }
 

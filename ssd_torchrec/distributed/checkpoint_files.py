@@ -12,19 +12,34 @@ unpickle freely ("bytes") are refused. The sums are there for damage, not agains
 
 import hashlib
 import json
+import math
 import os
 import pickle
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from enum import Enum
 from pathlib import Path, PurePath
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.default_planner import (
+    DefaultLoadPlanner,
+    DefaultSavePlanner,
+    create_default_global_save_plan,
+)
 from torch.distributed.checkpoint.filesystem import FileSystemReader, FileSystemWriter
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    StorageMeta,
+    TensorProperties,
+    TensorStorageMetadata,
+)
+from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
@@ -126,6 +141,78 @@ def write_tensors(path: Path, values: Mapping[str, Value]) -> None:
         raise CheckpointError(_first_failure(error)) from error
 
 
+@dataclass(frozen=True, kw_only=True)
+class Piece:
+    """Rows of a tensor that one rank is to write."""
+
+    name: str
+    """Of the whole tensor."""
+
+    dtype: torch.dtype
+    """Of its values."""
+
+    shape: tuple[int, ...]
+    """Of the whole tensor; () is one row."""
+
+    first_row: int
+    """Where the piece begins."""
+
+    rows: int
+    """How many it has."""
+
+    @property
+    def bytes(self) -> int:
+        """What it takes."""
+        return self.rows * math.prod(self.shape[1:]) * self.dtype.itemsize
+
+
+def write_pieces(path: Path, ranks: Sequence[Sequence[Piece]], read: Callable[[Piece], Tensor]) -> None:
+    """Write tensors into an existing folder as if so many ranks did, in this process and a piece at a time.
+
+    Args:
+        ranks: the pieces of each rank, which has a file of its own; together they are whole tensors.
+        read: what a piece holds; asked for it when it is written.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    by_place = {(piece.name, piece.first_row): piece for pieces in ranks for piece in pieces}
+    names = {name: (name,) for name, _ in by_place}  # what DefaultSavePlanner notes of names that are not nested
+    plans, metadata = create_default_global_save_plan([SavePlan([*map(_write_item, pieces)]) for pieces in ranks])
+    metadata.planner_data = names
+    planner = _PiecePlanner(lambda name, first_row: read(by_place[name, first_row]))
+    writer = FileSystemWriter(path)
+    writer.set_up_storage_writer(True)
+    written = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
+    writer.finish(metadata, written)
+
+
+class _PiecePlanner(DefaultSavePlanner):
+    """Fetches what is to be written when the writer asks for it."""
+
+    def __init__(self, read: Callable[[str, int], Tensor]) -> None:
+        super().__init__()
+        self._read = read
+
+    def resolve_data(self, write_item: WriteItem) -> Tensor:
+        offset = write_item.index.offset
+        return self._read(write_item.index.fqn, offset[0] if offset else 0)
+
+
+def _write_item(piece: Piece) -> WriteItem:
+    offsets = torch.Size([piece.first_row, *[0] * (len(piece.shape) - 1)][: len(piece.shape)])
+    sizes = torch.Size([piece.rows, *piece.shape[1:]][: len(piece.shape)])
+    return WriteItem(
+        index=MetadataIndex(piece.name, offsets),
+        type=WriteItemType.SHARD,
+        tensor_data=TensorWriteData(
+            chunk=ChunkStorageMetadata(offsets=offsets, sizes=sizes),
+            properties=TensorProperties(dtype=piece.dtype),
+            size=torch.Size(piece.shape),
+        ),
+    )
+
+
 def read_tensors(path: Path, values: Mapping[str, Value], files: Iterable[str]) -> None:
     """Fill live tensors with what a checkpoint holds under their names. Collective; raises on every rank.
 
@@ -202,7 +289,7 @@ def check_file(path: Path, name: str, expected: Mapping[str, Any]) -> None:
 def write_json_with_sum(path: Path, content: Mapping[str, Any]) -> None:
     """Write checkpoint.json and see it on disk."""
     with path.open("w") as file:
-        json.dump({**content, "sum": _sum(content)}, file, indent=2)
+        json.dump(with_sum(content), file, indent=2)
         file.flush()
         os.fsync(file.fileno())
 
@@ -214,9 +301,30 @@ def read_json_with_sum(path: Path) -> dict[str, Any]:
         CheckpointError: it is missing, cut short or edited.
     """
     try:
-        content = json.loads(path.read_text())
+        text = path.read_text()
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} must be a checkpoint's, got {type(error).__name__}: {error}") from error
+    return checked_json(text, path)
+
+
+def with_sum(content: Mapping[str, Any]) -> dict[str, Any]:
+    """What JSON can hold, with a sum over it."""
+    return {**content, "sum": _sum(content)}
+
+
+def checked_json(text: str, path: Path) -> dict[str, Any]:
+    """Content of JSON written of `with_sum`, without the sum.
+
+    Args:
+        path: the file that held it, for the message.
+
+    Raises:
+        CheckpointError: it is cut short or edited.
+    """
+    try:
+        content = json.loads(text)
         written = content.pop("sum")
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise CheckpointError(f"{path} must be a checkpoint's, got {type(error).__name__}: {error}") from error
     if written != _sum(content):
         raise CheckpointError(f"{path} is not what was saved: it was edited; take another checkpoint")
@@ -225,3 +333,12 @@ def read_json_with_sum(path: Path) -> dict[str, Any]:
 
 def _sum(content: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def sync(path: Path) -> None:
+    """See a file, or the names in a folder, on disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -12,7 +12,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -22,7 +22,7 @@ from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
-from torchrec.distributed.planner.types import PlannerError
+from torchrec.distributed.planner.types import PlannerError, ShardingOption, Stats
 from torchrec.distributed.types import ModuleSharder, ShardingPlan, ShardingType
 
 from ssd_torchrec.distributed.process import World
@@ -236,13 +236,68 @@ def _planner(model: nn.Module, config: ShardingConfig, workload: Workload, world
         hbm_cap=torch.cuda.get_device_properties(world.device).total_memory if on_gpu else 0,
         ddr_cap=int(host * (1 - RESERVED_MEMORY)),  # the reservation below is of device memory only
     )
+    return _planner_on(topology, model, config, workload)
+
+
+def _planner_on(
+    topology: Topology, model: nn.Module, config: ShardingConfig, workload: Workload, stats: Stats | None = None
+) -> EmbeddingShardingPlanner:
+    tables = tables_of(model).values()
     return EmbeddingShardingPlanner(
         topology=topology,
         batch_size=workload.rows_per_rank,
         storage_reservation=FixedPercentageStorageReservation(RESERVED_MEMORY),
-        constraints={table.name: _constraints(table, config, workload, world) for table in tables_of(model).values()},
+        constraints={table.name: _constraints(table, config, workload, topology.world_size) for table in tables},
+        stats=stats,
         debug=False,
     )
+
+
+def plan_offline(
+    model: nn.Module,
+    config: ShardingConfig,
+    workload: Workload,
+    *,
+    ranks: int,
+    ranks_per_machine: int,
+    device_bytes: int,
+    host_bytes: int,
+) -> list[ShardingOption]:
+    """What `plan_tables` would do on GPUs that are not here, with what TorchRec expects of it. No process group.
+
+    Args:
+        model: unsharded, tables on "meta", their optimizer fused into backward.
+        config: resolved for `ranks` ranks on CUDA, with split tables.
+        device_bytes: memory of a GPU, of which tables get all but `RESERVED_MEMORY`.
+        host_bytes: memory of a machine over its ranks, of which tables get as much.
+
+    Returns:
+        For each table its shards, each with its rank, storage in bytes and duration in ms.
+
+    Raises:
+        PlannerError: the tables do not fit.
+    """
+    kept = _Kept()
+    with _without_topology_warning():
+        topology = Topology(
+            world_size=ranks,
+            local_world_size=min(ranks, ranks_per_machine),
+            compute_device="cuda",
+            hbm_cap=device_bytes,
+            ddr_cap=int(host_bytes * (1 - RESERVED_MEMORY)),
+        )
+        _planner_on(topology, model, config, workload, kept).plan(model, sharders())
+    return kept.plan
+
+
+class _Kept(Stats):
+    """Holds on to the plan, which the planner itself returns without storage and durations."""
+
+    def __init__(self) -> None:
+        self.plan: list[ShardingOption] = []
+
+    def log(self, *_: Any, **named: Any) -> None:
+        self.plan = named["best_plan"]
 
 
 @contextmanager
@@ -257,13 +312,15 @@ def _without_topology_warning() -> Iterator[None]:
         logger.setLevel(level)
 
 
-def _constraints(table: TableConfig, config: ShardingConfig, workload: Workload, world: World) -> ParameterConstraints:
+def _constraints(
+    table: TableConfig, config: ShardingConfig, workload: Workload, world_size: int
+) -> ParameterConstraints:
     split = config.by_table[table.name]
     return ParameterConstraints(
         sharding_types=[split],
         compute_kernels=[config.compute_kernel],
         pooling_factors=[workload.ids_per_row.get(feature, 1.0) for feature in table.feature_names],
-        min_partition=table.embedding_dim // world.size if split == "column_wise" else None,
+        min_partition=table.embedding_dim // world_size if split == "column_wise" else None,
     )
 
 

@@ -27,6 +27,9 @@ from ssd_torchrec.distributed.shard import Trainable
 from ssd_torchrec.distributed.state import local_rows, model_state
 from ssd_torchrec.ops.linear import over_events, product
 
+IN_PLACE_ABOVE = 100_000
+"""Items from which on a run's softmax takes this way by itself; fewer are quicker looked up."""
+
 ROWS_PER_CHUNK = {"cpu": 4096, "cuda": 65536}
 QUERIES_PER_BLOCK = {"cpu": 256, "cuda": 1024}
 

@@ -3,13 +3,14 @@
 import torch
 
 from ssd_torchrec.data.schema import DatasetMeta
-from ssd_torchrec.distributed.merged_step import is_row_wise
+from ssd_torchrec.distributed.plan import resolve
 from ssd_torchrec.distributed.process import World
-from ssd_torchrec.distributed.shard import Trainable, Workload, shard
-from ssd_torchrec.distributed.tables import seed_of
-from ssd_torchrec.distributed.vocab_parallel import VocabParallelSoftmaxLoss
+from ssd_torchrec.distributed.shard import ShardingConfig, Trainable, Workload, shard
+from ssd_torchrec.distributed.tables import seed_of, tables_of
+from ssd_torchrec.distributed.vocab_parallel import IN_PLACE_ABOVE, VocabParallelSoftmaxLoss
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.models.next_item import (
+    ITEM_TABLE,
     ITEM_WEIGHT,
     BinaryCrossEntropyLoss,
     FullSoftmaxLoss,
@@ -20,7 +21,6 @@ from ssd_torchrec.models.next_item import (
 from ssd_torchrec.training.config import RunConfig
 
 AUTOCAST = {"fp32": None, "bf16": torch.bfloat16}
-IN_PLACE_ABOVE = 100_000  # items; fewer are quicker looked up
 LOSSES = {"softmax": FullSoftmaxLoss, "bce": BinaryCrossEntropyLoss, "sampled_softmax": SampledSoftmaxLoss}
 
 
@@ -43,37 +43,43 @@ def build(config: RunConfig, meta: DatasetMeta, world: World) -> Trainable:
         table_device="meta",  # `shard` allocates and fills them; real ones would draw from the generator meanwhile
         autocast_dtype=AUTOCAST[config.training.precision],
     )
-    trainable = shard(
-        model, config.sharding, config.dense, world, seed=config.training.seed, workload=_workload(config, meta, world)
-    )
-    if scores_in_place(config, trainable, meta.num_items):
+    resolved = resolve(config.sharding, tables_of(model), world.size, world.device)
+    in_place = scores_in_place(config, resolved, meta.num_items)
+    workload = _workload(config, meta, world, in_place)
+    trainable = shard(model, resolved, config.dense, world, seed=config.training.seed, workload=workload)
+    if in_place:
         model.loss = VocabParallelSoftmaxLoss(world.size)
         model.loss.bind(trainable, ITEM_WEIGHT, meta.first_item)
     return trainable
 
 
-def scores_in_place(config: RunConfig, trainable: Trainable, num_items: int) -> bool:
-    """Whether the softmax scores the catalogue where it lies, so that batches need not list it."""
+def scores_in_place(config: RunConfig, sharding: ShardingConfig, num_items: int) -> bool:
+    """Whether the softmax scores the catalogue where it lies, so that batches need not list it.
+
+    Args:
+        sharding: resolved.
+    """
     if config.objective.loss != "softmax" or config.objective.scored == "looked_up":
         return False
     if config.objective.scored == "in_place":
         return True
-    return num_items > IN_PLACE_ABOVE and is_row_wise(trainable, ITEM_WEIGHT)
+    by_rows = sharding.by_table.get(ITEM_TABLE) == "row_wise" and sharding.compute_kernel == "fused"
+    return num_items > IN_PLACE_ABOVE and by_rows
 
 
-def _workload(config: RunConfig, meta: DatasetMeta, world: World) -> Workload:
+def _workload(config: RunConfig, meta: DatasetMeta, world: World, in_place: bool) -> Workload:
     mean_length = max(meta.num_events / max(meta.num_users, 1), 1.0)
     rows = max(1, round(config.data.tokens_per_batch / mean_length / world.size))
-    candidates = _candidates(config, meta, world)
+    candidates = 0 if in_place else _candidates(config, meta, world)
     return Workload(rows_per_rank=rows, ids_per_row={"item": mean_length, "candidate": candidates / rows})
 
 
 def _candidates(config: RunConfig, meta: DatasetMeta, world: World) -> float:
     """How many candidates a rank's batch lists, about and at most."""
-    if config.objective.scored == "in_place":
-        return 0
-    if config.objective.loss != "sampled_softmax":
+    if config.objective.loss == "softmax":
         return meta.num_items
     targets = config.data.tokens_per_batch
+    if config.objective.loss == "bce":
+        return min(meta.num_items, 2 * targets / world.size)
     in_batch = config.objective.negatives == "in_batch"
     return min(meta.num_items, targets if in_batch else config.objective.num_negatives + targets / world.size)

@@ -149,6 +149,8 @@ class Run:
                 reset_optimizer=self.config.training.reset_optimizer,
             )
             position = Position(**info.state.position)
+            if start.parent.resolve() != self.checkpoints.resolve():  # another run's best weights are not this one's
+                position = replace(position, best_epoch=0, best_score=-1.0, since_best=0)
         with all_or_none(f"claiming {self.folder}", ConfigError):
             if self.world.rank == 0:
                 claim(self.folder, self.config, resume=resume == "auto")
@@ -178,7 +180,7 @@ class Run:
 
     @property
     def _in_place(self) -> bool:
-        return scores_in_place(self.config, self.trainable, self.data.histories.meta.num_items)
+        return scores_in_place(self.config, self.trainable.sharding, self.data.histories.meta.num_items)
 
     def _assess(self, stage: Stage) -> tuple[dict[str, float], dict[str, float]]:
         return assess(self.trainable, self.data, stage, self.config, self.config.evaluation, self.world)

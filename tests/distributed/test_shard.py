@@ -27,8 +27,15 @@ SPLITS = {
     "table_wise": ShardingConfig(sharding="table_wise", optimizer="sgd", learning_rate=0.05),
     "column_wise": ShardingConfig(sharding="column_wise", optimizer="sgd", learning_rate=0.05),
     "column_wise-adagrad": ShardingConfig(sharding="column_wise", optimizer="adagrad"),
+    "row_wise-adagrad": ShardingConfig(sharding="row_wise", optimizer="adagrad", learning_rate=RATE),
     "row_wise-rowwise_adagrad": ShardingConfig(sharding="row_wise", optimizer="rowwise_adagrad", learning_rate=RATE),
+    "table_wise-adagrad": ShardingConfig(sharding="table_wise", optimizer="adagrad", learning_rate=RATE),
+    "table_wise-rowwise_adagrad": ShardingConfig(
+        sharding="table_wise", optimizer="rowwise_adagrad", learning_rate=RATE
+    ),
 }
+OF_THREE = [name for name in SPLITS if not name.startswith("column_wise")]
+"""Splits of three ranks: the example's 16 channels are not cut into 3 parts of a multiple of 4."""
 
 
 def run(world: World, sharding: ShardingConfig, *, equal_rows: bool = False) -> dict[str, Any]:
@@ -39,8 +46,11 @@ def run(world: World, sharding: ShardingConfig, *, equal_rows: bool = False) -> 
 
 
 def run_all(world: World) -> dict[str, dict[str, Any]]:
-    runs = {name: run(world, config, equal_rows=name == "row_wise-bags-too") for name, config in SPLITS.items()}
-    return runs | {"auto": run(world, ShardingConfig(learning_rate=RATE))}
+    return run_splits(world, list(SPLITS)) | {"auto": run(world, ShardingConfig(learning_rate=RATE))}
+
+
+def run_splits(world: World, names: list[str]) -> dict[str, dict[str, Any]]:
+    return {name: run(world, SPLITS[name], equal_rows=name == "row_wise-bags-too") for name in names}
 
 
 @pytest.fixture(scope="module")
@@ -53,12 +63,17 @@ def whole() -> dict[str, dict[str, Any]]:
     """The same trainings in one process with whole tables."""
     runs = {}
     for config in SPLITS.values():
-        if config.optimizer not in runs:
+        if update_of(config) not in runs:
             of_one = ShardingConfig(
                 sharding="none", optimizer=config.optimizer, learning_rate=config.learning_rate, eps=config.eps
             )
-            runs[config.optimizer] = run(World(), of_one)
+            runs[update_of(config)] = run(World(), of_one)
     return runs
+
+
+def update_of(config: ShardingConfig) -> str:
+    """What the splits of one name have in common: what they do to a table."""
+    return f"{config.optimizer} at {config.learning_rate}"
 
 
 def furthest(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -75,12 +90,19 @@ def assert_same_run(got: dict[str, Any], expected: dict[str, Any]) -> None:
 @pytest.mark.parametrize("split", SPLITS)
 def test_two_ranks_train_as_one_process_does(split, two_ranks, whole):
     for ranks_view in two_ranks:
-        assert_same_run(ranks_view[split], whole[SPLITS[split].optimizer])
+        assert_same_run(ranks_view[split], whole[update_of(SPLITS[split])])
+
+
+@pytest.mark.slow
+def test_three_ranks_train_as_one_process_does(whole):
+    for ranks_view in spawn(run_splits, 3, OF_THREE):
+        for split in OF_THREE:
+            assert_same_run(ranks_view[split], whole[update_of(SPLITS[split])])
 
 
 @pytest.mark.parametrize("split", SPLITS)
 def test_one_rank_with_a_group_trains_as_one_process_does(split, group_of_one, whole):
-    assert_same_run(run(group_of_one, SPLITS[split]), whole[SPLITS[split].optimizer])
+    assert_same_run(run(group_of_one, SPLITS[split]), whole[update_of(SPLITS[split])])
 
 
 def test_training_moves_the_weights_far_more_than_the_tolerance(whole):

@@ -73,7 +73,7 @@ def test_twenty_steps_equal_those_over_looked_up_candidates_on_one_rank(group_of
     assert_equal_runs(both(group_of_one))
 
 
-@pytest.mark.parametrize("size", [2, 3])
+@pytest.mark.parametrize("size", [2, pytest.param(3, marks=pytest.mark.slow)])
 def test_twenty_steps_equal_those_over_looked_up_candidates(size):
     for ranks_view in spawn(both, size):
         assert_equal_runs(ranks_view)
