@@ -2,11 +2,7 @@
 
 Who holds which part of which table, and what a step costs, says TorchRec's planner; bytes of a rank's GPU are counted:
 
-    weights       rows x columns x 4 of its parts of the tables
-    optimizer     state beside them: adam 2 numbers a weight, adagrad 1, rowwise_adagrad 1 a row, sgd none
-    gradient      as large as the weights where a table is whole, as PyTorch's optimizers have it; none of split tables
-    cache         of fused_uvm_caching: the share of weights and state that TorchRec keeps on the device, and its index
-    lookups       ids (8 bytes) in, vectors out, as TorchRec's storage estimator counts them
+    tables        weights, optimizer state, caches, lookups: see `rank_storage`
     activations   events x width x layers x SAVED_FLOATS x 4: histories are jagged, so events are all there is
     dense         weights, gradients and optimizer state of what is no table
     loss          scored in place: queries of all ranks, one block of scores, one chunk of the table; else the
@@ -22,13 +18,12 @@ from typing import Any
 
 import torch
 from torch import nn
-from torchrec import EmbeddingBagConfig
-from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
 from torchrec.distributed.planner.types import PlannerError, Shard
 
 from ssd_torchrec.data.objective import ObjectiveConfig
 from ssd_torchrec.distributed.optimizers import DenseOptimizerConfig, fuse_into_backward, is_matrix
 from ssd_torchrec.distributed.plan import RESERVED_MEMORY, ShardingConfig, Workload, plan_offline, resolve
+from ssd_torchrec.distributed.rank_storage import RankStorage, TablePlacement, TableShard, cut, placement, shard_bytes
 from ssd_torchrec.distributed.tables import TableConfig, tables_of
 from ssd_torchrec.distributed.vocab_parallel import IN_PLACE_ABOVE, QUERIES_PER_BLOCK, ROWS_PER_CHUNK
 from ssd_torchrec.encoders.encoder import EncoderConfig
@@ -127,72 +122,6 @@ class CapacityRequest:
             raise ConfigError(
                 f"mean_length must be at most {most}, got {self.mean_length}; count the events that the encoder sees"
             )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TableShard:
-    """A part of a table."""
-
-    rank: int
-    """Who holds it."""
-
-    first_row: int
-    num_rows: int
-    first_column: int
-    num_columns: int
-
-    step_ms: float | None = None
-    """What TorchRec expects its lookup, its exchange and its update to take."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class TablePlacement:
-    """A table and who holds what of it."""
-
-    name: str
-    num_rows: int
-    width: int
-
-    sharding: str
-    """row_wise, table_wise, column_wise, or none for a whole table in one process."""
-
-    pooled: bool
-    """Whether lookups are pooled to one vector a row of the batch."""
-
-    shards: tuple[TableShard, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class RankStorage:
-    """Bytes of a rank, by what they are for; the header of this file says how they are counted."""
-
-    rank: int
-    weights_bytes: int = 0
-    optimizer_bytes: int = 0
-    gradient_bytes: int = 0
-    cache_bytes: int = 0
-    lookups_bytes: int = 0
-    activations_bytes: int = 0
-    dense_bytes: int = 0
-    loss_bytes: int = 0
-
-    host_bytes: int = 0
-    """In the machine's memory: weights and optimizer state of fused_uvm and fused_uvm_caching."""
-
-    step_ms: float | None = None
-    """TorchRec's estimate for the tables of this rank, a step, for its default hardware constants, which are of an
-    older GPU; None where it makes none, for whole tables. Encoder and loss are not in it."""
-
-    @property
-    def tables_bytes(self) -> int:
-        """On the device for tables: what the planner counts."""
-        tables = (self.weights_bytes, self.optimizer_bytes, self.gradient_bytes, self.cache_bytes, self.lookups_bytes)
-        return sum(tables)
-
-    @property
-    def total_bytes(self) -> int:
-        """On the device."""
-        return self.tables_bytes + self.activations_bytes + self.dense_bytes + self.loss_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -365,10 +294,10 @@ class _Need:
         placements, held = [], [0] * ranks
         for table in sorted(self.tables.values(), key=lambda table: -table.num_embeddings):
             split = config.by_table.get(table.name, "none")
-            shards = _cut(table, split, ranks, held.index(min(held)))
+            shards = cut(table, split, ranks, held.index(min(held)))
             for shard in shards:
                 held[shard.rank] += shard.num_rows * shard.num_columns
-            placements.append(_placement(table, split, shards))
+            placements.append(placement(table, split, shards))
         return placements
 
     def per_rank(self, config: ShardingConfig, ranks: int, placed: list[TablePlacement]) -> list[RankStorage]:
@@ -381,47 +310,13 @@ class _Need:
         for table in placed:
             for shard in table.shards:
                 of = counts[shard.rank]
-                for name, value in _shard_bytes(table, shard, config, workload, ranks).items():
+                for name, value in shard_bytes(table, shard, config, workload, ranks).items():
                     of[name] = of.get(name, 0) + value
                 if shard.step_ms is not None:
                     of["step_ms"] = of.get("step_ms", 0.0) + shard.step_ms
         items = next(table for table in placed if table.name == ITEM_TABLE)
         loss = _loss_bytes(self, config, ranks, max(shard.num_rows for shard in items.shards))
         return [RankStorage(rank=rank, loss_bytes=loss, **rest, **of) for rank, of in enumerate(counts)]
-
-
-def _cut(table: TableConfig, split: str, ranks: int, holder: int) -> list[TableShard]:
-    rows, width = table.num_embeddings, table.embedding_dim
-    if split == "row_wise":
-        step = -(-rows // ranks)
-        return [
-            TableShard(
-                rank=rank,
-                first_row=rank * step,
-                num_rows=min(step, rows - rank * step),
-                first_column=0,
-                num_columns=width,
-            )
-            for rank in range(ranks)
-        ]
-    if split == "column_wise":
-        step = width // ranks
-        return [
-            TableShard(rank=rank, first_row=0, num_rows=rows, first_column=rank * step, num_columns=step)
-            for rank in range(ranks)
-        ]
-    return [TableShard(rank=holder, first_row=0, num_rows=rows, first_column=0, num_columns=width)]
-
-
-def _placement(table: TableConfig, split: str, shards: list[TableShard]) -> TablePlacement:
-    return TablePlacement(
-        name=table.name,
-        num_rows=table.num_embeddings,
-        width=table.embedding_dim,
-        sharding=split,
-        pooled=isinstance(table, EmbeddingBagConfig),
-        shards=tuple(shards),
-    )
 
 
 def _check_kernel(request: CapacityRequest, config: ShardingConfig) -> None:
@@ -462,7 +357,7 @@ def _planned(model: nn.Module, need: _Need, config: ShardingConfig) -> list[Tabl
             continue
         by_name = {table.name: table for table in need.tables.values()}
         return [
-            _placement(by_name[option.name], option.sharding_type, [_table_shard(shard) for shard in option.shards])
+            placement(by_name[option.name], option.sharding_type, [_table_shard(shard) for shard in option.shards])
             for option in options
         ]
     raise ConfigError(f"TorchRec's planner must place the tables, it finds no way: {refused}; change the sharding")
@@ -478,38 +373,6 @@ def _table_shard(shard: Shard) -> TableShard:
         num_columns=shard.size[1],
         step_ms=shard.perf.total if shard.perf else None,
     )
-
-
-def _shard_bytes(
-    table: TablePlacement, shard: TableShard, config: ShardingConfig, workload: Workload, ranks: int
-) -> dict[str, int]:
-    weights = 4 * shard.num_rows * shard.num_columns
-    per_optimizer = {"sgd": 0, "adagrad": weights, "rowwise_adagrad": 4 * shard.num_rows, "adam": 2 * weights}
-    state = per_optimizer[config.optimizer]
-    lookups = {"lookups_bytes": _lookups_bytes(table, shard, workload, ranks)}
-    if not config.split:
-        return lookups | {"weights_bytes": weights, "optimizer_bytes": state, "gradient_bytes": weights}
-    if config.compute_kernel == "fused":
-        return lookups | {"weights_bytes": weights, "optimizer_bytes": state}
-    if config.compute_kernel == "fused_uvm":
-        return lookups | {"host_bytes": weights + state}
-    index = ceil(shard.num_rows * (4 + 16 * UVM_CACHING_RATIO))
-    return lookups | {
-        "cache_bytes": ceil(UVM_CACHING_RATIO * (weights + state)) + index,
-        "host_bytes": weights + state,
-    }
-
-
-def _lookups_bytes(table: TablePlacement, shard: TableShard, workload: Workload, ranks: int) -> int:
-    """A table by rows looks up its share for all ranks, as much as one rank brings; other ones, what all bring."""
-    features = ("item", "candidate") if table.name == ITEM_TABLE else (table.name,)
-    ids_per_row = [workload.ids_per_row.get(feature, 1.0) for feature in features]
-    ids = workload.rows_per_rank * sum(ids_per_row)
-    vectors = workload.rows_per_rank * sum(min(1.0, n) for n in ids_per_row) if table.pooled else ids
-    by_rows = table.sharding == "row_wise"
-    incoming = ids * (1 if by_rows else ranks)
-    outgoing = vectors * (1 if by_rows and not table.pooled else ranks)
-    return ceil(8 * incoming) + ceil(4 * outgoing * shard.num_columns)
 
 
 def _activations_bytes(encoder: EncoderConfig, events: int) -> int:

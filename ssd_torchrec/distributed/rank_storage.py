@@ -1,0 +1,155 @@
+"""Who holds which part of a table, and the bytes that takes on a rank.
+
+    weights       rows x columns x 4 of its parts of the tables
+    optimizer     state beside them: adam 2 numbers a weight, adagrad 1, rowwise_adagrad 1 a row, sgd none
+    gradient      as large as the weights where a table is whole, as PyTorch's optimizers have it; none of split tables
+    cache         of fused_uvm_caching: the share of weights and state that TorchRec keeps on the device, and its index
+    lookups       ids (8 bytes) in, vectors out, as TorchRec's storage estimator counts them
+
+Numbers are fp32.
+"""
+
+from dataclasses import dataclass
+from math import ceil
+
+from torchrec import EmbeddingBagConfig
+from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
+
+from ssd_torchrec.distributed.plan import ShardingConfig, Workload
+from ssd_torchrec.distributed.tables import TableConfig
+from ssd_torchrec.models.next_item import ITEM_TABLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class TableShard:
+    """A part of a table."""
+
+    rank: int
+    """Who holds it."""
+
+    first_row: int
+    num_rows: int
+    first_column: int
+    num_columns: int
+
+    step_ms: float | None = None
+    """What TorchRec expects its lookup, its exchange and its update to take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TablePlacement:
+    """A table and who holds what of it."""
+
+    name: str
+    num_rows: int
+    width: int
+
+    sharding: str
+    """row_wise, table_wise, column_wise, or none for a whole table in one process."""
+
+    pooled: bool
+    """Whether lookups are pooled to one vector a row of the batch."""
+
+    shards: tuple[TableShard, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankStorage:
+    """Bytes of a rank, by what they are for; this file's header and that of `capacity` say how they are counted."""
+
+    rank: int
+    weights_bytes: int = 0
+    optimizer_bytes: int = 0
+    gradient_bytes: int = 0
+    cache_bytes: int = 0
+    lookups_bytes: int = 0
+    activations_bytes: int = 0
+    dense_bytes: int = 0
+    loss_bytes: int = 0
+
+    host_bytes: int = 0
+    """In the machine's memory: weights and optimizer state of fused_uvm and fused_uvm_caching."""
+
+    step_ms: float | None = None
+    """TorchRec's estimate for the tables of this rank, a step, for its default hardware constants, which are of an
+    older GPU; None where it makes none, for whole tables. Encoder and loss are not in it."""
+
+    @property
+    def tables_bytes(self) -> int:
+        """On the device for tables: what the planner counts."""
+        tables = (self.weights_bytes, self.optimizer_bytes, self.gradient_bytes, self.cache_bytes, self.lookups_bytes)
+        return sum(tables)
+
+    @property
+    def total_bytes(self) -> int:
+        """On the device."""
+        return self.tables_bytes + self.activations_bytes + self.dense_bytes + self.loss_bytes
+
+
+def cut(table: TableConfig, split: str, ranks: int, holder: int) -> list[TableShard]:
+    """A table's parts as TorchRec cuts it; `holder` has it whole where it is not cut."""
+    rows, width = table.num_embeddings, table.embedding_dim
+    if split == "row_wise":
+        step = -(-rows // ranks)
+        return [
+            TableShard(
+                rank=rank,
+                first_row=rank * step,
+                num_rows=min(step, rows - rank * step),
+                first_column=0,
+                num_columns=width,
+            )
+            for rank in range(ranks)
+        ]
+    if split == "column_wise":
+        step = width // ranks
+        return [
+            TableShard(rank=rank, first_row=0, num_rows=rows, first_column=rank * step, num_columns=step)
+            for rank in range(ranks)
+        ]
+    return [TableShard(rank=holder, first_row=0, num_rows=rows, first_column=0, num_columns=width)]
+
+
+def placement(table: TableConfig, split: str, shards: list[TableShard]) -> TablePlacement:
+    """A table with its parts."""
+    return TablePlacement(
+        name=table.name,
+        num_rows=table.num_embeddings,
+        width=table.embedding_dim,
+        sharding=split,
+        pooled=isinstance(table, EmbeddingBagConfig),
+        shards=tuple(shards),
+    )
+
+
+def shard_bytes(
+    table: TablePlacement, shard: TableShard, config: ShardingConfig, workload: Workload, ranks: int
+) -> dict[str, int]:
+    """What a part of a table takes on its rank, by field of `RankStorage`."""
+    weights = 4 * shard.num_rows * shard.num_columns
+    per_optimizer = {"sgd": 0, "adagrad": weights, "rowwise_adagrad": 4 * shard.num_rows, "adam": 2 * weights}
+    state = per_optimizer[config.optimizer]
+    lookups = {"lookups_bytes": _lookups_bytes(table, shard, workload, ranks)}
+    if not config.split:
+        return lookups | {"weights_bytes": weights, "optimizer_bytes": state, "gradient_bytes": weights}
+    if config.compute_kernel == "fused":
+        return lookups | {"weights_bytes": weights, "optimizer_bytes": state}
+    if config.compute_kernel == "fused_uvm":
+        return lookups | {"host_bytes": weights + state}
+    index = ceil(shard.num_rows * (4 + 16 * UVM_CACHING_RATIO))
+    return lookups | {
+        "cache_bytes": ceil(UVM_CACHING_RATIO * (weights + state)) + index,
+        "host_bytes": weights + state,
+    }
+
+
+def _lookups_bytes(table: TablePlacement, shard: TableShard, workload: Workload, ranks: int) -> int:
+    """A table by rows looks up its share for all ranks, as much as one rank brings; other ones, what all bring."""
+    features = ("item", "candidate") if table.name == ITEM_TABLE else (table.name,)
+    ids_per_row = [workload.ids_per_row.get(feature, 1.0) for feature in features]
+    ids = workload.rows_per_rank * sum(ids_per_row)
+    vectors = workload.rows_per_rank * sum(min(1.0, n) for n in ids_per_row) if table.pooled else ids
+    by_rows = table.sharding == "row_wise"
+    incoming = ids * (1 if by_rows else ranks)
+    outgoing = vectors * (1 if by_rows and not table.pooled else ranks)
+    return ceil(8 * incoming) + ceil(4 * outgoing * shard.num_columns)
