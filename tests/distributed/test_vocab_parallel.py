@@ -6,14 +6,14 @@ import pytest
 import torch
 
 from ssd_torchrec.distributed import vocab_parallel
-from ssd_torchrec.distributed.process import World
+from ssd_torchrec.distributed.process import World, process_group
 from ssd_torchrec.distributed.shard import ShardingConfig, Trainable
 from ssd_torchrec.distributed.state import table_state
 from ssd_torchrec.distributed.tables import global_shape, local_pieces
 from ssd_torchrec.distributed.vocab_parallel import VocabParallelSoftmaxLoss
 from ssd_torchrec.errors import ConfigError
 from tests.distributed.example import FIRST_ITEM, SGD, WIDTH, batch, over_ranks, train, trainable, whole_weights
-from tests.distributed.world import spawn
+from tests.distributed.world import free_port, spawn
 
 STEPS = range(20)
 CLOSE = 1e-6
@@ -104,3 +104,26 @@ def test_a_loss_without_a_split_table_and_tables_split_otherwise_are_refused(gro
     ):
         with pytest.raises(ConfigError, match=got):
             bound(world, sharding)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU, and NCCL")
+@pytest.mark.parametrize("optimizer", ["adam", "rowwise_adagrad"])
+def test_twenty_steps_equal_those_over_looked_up_candidates_on_a_gpu(optimizer, monkeypatch):
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    world = World(device=torch.device("cuda", 0), meeting_point=f"127.0.0.1:{free_port()}")
+    sharding = ShardingConfig(sharding="row_wise", optimizer=optimizer, learning_rate=0.02)
+    with process_group(world, timeout_s=60):
+        looked_up, in_place = trainable(world, sharding, SGD), bound(world, sharding)
+        losses = []
+        for t, candidates in ((looked_up, True), (in_place, False)):
+            losses.append([])
+            for step in STEPS:
+                t.optimizer.zero_grad()
+                loss, _ = t.model(batch(step, world, candidates=candidates).to(world.device))
+                loss.backward()
+                t.optimizer.step()
+                losses[-1].append(loss.item())
+        tables = [local_pieces(t.model.state_dict()[TABLE])[0][0] for t in (looked_up, in_place)]
+    assert losses[1] == pytest.approx(losses[0], abs=1e-4)
+    assert (tables[0] - tables[1]).abs().max() <= 1e-4
+    assert losses[0][0] - losses[0][-1] > 0.01
