@@ -33,6 +33,10 @@ class DivergedError(SSDTorchRecError, ArithmeticError):
     """The loss stopped being finite on at least one rank."""
 
 
+class LostRankError(SSDTorchRecError, RuntimeError):
+    """Ranks waited for another one that does not answer."""
+
+
 class Interrupted(SSDTorchRecError, RuntimeError):
     """A run was asked to stop; it saved and can be resumed."""
 

@@ -8,14 +8,14 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import timedelta
-from typing import Literal, TypeVar
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from ssd_torchrec.distributed.heap import keep_freed_memory
-from ssd_torchrec.errors import ConfigError, DivergedError, SSDTorchRecError
+from ssd_torchrec.errors import ConfigError, DivergedError, LostRankError, SSDTorchRecError
 
 T = TypeVar("T")
 
@@ -84,13 +84,18 @@ def _device(kind: str, local_rank: int, local_size: int) -> torch.device:
 
 
 @contextmanager
-def process_group(world: World, timeout_s: float = 600.0) -> Iterator[None]:
+def process_group(world: World, timeout_s: float = 600.0, answer_s: float = 30.0) -> Iterator[None]:
     """Join the run's process group for the length of the block; a process that is alone needs none.
 
     Also readies the process: its GPU, or on the CPU its allocator.
 
     Args:
         timeout_s: how long a collective waits for the other ranks before it raises.
+        answer_s: how long, once it has raised, the ranks wait for each other's sign of life.
+
+    Raises:
+        LostRankError: a collective of the block gave up waiting, or lost a connection; rank 0 names those who do not
+            answer. NCCL's watchdog ends the process instead where one of its own collectives hangs.
     """
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
@@ -106,10 +111,32 @@ def process_group(world: World, timeout_s: float = 600.0) -> Iterator[None]:
         world_size=world.size,
         timeout=timedelta(seconds=timeout_s),
     )
+    roll = dist.new_group(backend="gloo") if world.size > 1 else None
     try:
         yield
+    except RuntimeError as error:
+        if roll is None or not _gave_up(error):
+            raise
+        raise LostRankError(f"{_call_the_roll(roll, answer_s)}: {error}") from error
     finally:
         dist.destroy_process_group()
+
+
+def _gave_up(error: RuntimeError) -> bool:
+    """Whether a collective ended without the others."""
+    if isinstance(error, SSDTorchRecError):
+        return False
+    return isinstance(error, dist.DistError) or "gloo/transport" in str(error)
+
+
+def _call_the_roll(roll: Any, answer_s: float) -> str:
+    """Who is still there, in a sentence."""
+    try:
+        dist.monitored_barrier(roll, timeout=timedelta(seconds=answer_s), wait_all_ranks=True)
+    except RuntimeError as silence:
+        words = str(silence).partition("\n")[0].rstrip(".")
+        return f"every rank must answer within {answer_s:g} s, but {words}; look at that rank's log and machine"
+    return "a collective did not end although every rank answers; start again from the last checkpoint"
 
 
 def ranks_where(condition: bool | Tensor, device: torch.device | str = "cpu") -> list[int]:

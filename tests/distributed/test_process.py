@@ -1,4 +1,7 @@
 import math
+import re
+import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,8 +17,8 @@ from ssd_torchrec.distributed.process import (
     process_group,
     ranks_where,
 )
-from ssd_torchrec.errors import CheckpointError, ConfigError, DataError, DivergedError
-from tests.distributed.world import spawn
+from ssd_torchrec.errors import CheckpointError, ConfigError, DataError, DivergedError, LostRankError
+from tests.distributed.world import free_port, spawn
 
 SECOND_OF_TWO = {
     "RANK": "1",
@@ -131,3 +134,26 @@ def refuses(world: World) -> None:
 def test_the_spawned_world_reports_a_childs_error():
     with pytest.raises(AssertionError, match="DataError: not on rank 0"):
         spawn(refuses, 1)
+
+
+def waits_for_a_silent_rank(world: World, port: int) -> str:
+    """Rank 1 neither joins the collective nor answers; what the others are told of it."""
+    dist.destroy_process_group()  # of the spawned world, whose ranks wait longer
+    try:
+        with process_group(replace(world, meeting_point=f"127.0.0.1:{port}"), timeout_s=3, answer_s=3):
+            if world.rank == 1:
+                time.sleep(10)
+            else:
+                dist.all_reduce(torch.ones(1))
+    except LostRankError as error:
+        return str(error)
+    finally:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)  # for the spawned world to end
+    return "nothing"
+
+
+def test_a_rank_that_hangs_is_named():
+    told, of_the_silent, _ = spawn(waits_for_a_silent_rank, 3, free_port())
+    assert of_the_silent == "nothing"
+    assert told.startswith("every rank must answer within 3 s")
+    assert re.search(r"\b[Rr]anks? 1\b", told)
