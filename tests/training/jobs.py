@@ -8,8 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 
-def start(processes: int, data: Path, output: Path, name: str, options: Sequence[str]) -> subprocess.Popen[str]:
+def start(
+    processes: int, data: Path, output: Path, name: str, options: Sequence[str], restarts: int = 0
+) -> subprocess.Popen[str]:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(processes)]
+    launcher += ["--max-restarts", str(restarts)]
     command = [sys.executable, *(launcher if processes > 1 else []), "-m", "ssd_torchrec", "train", "tim4rec"]
     command += ["--data.path", str(data), "--output", str(output), "--name", name, *options]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

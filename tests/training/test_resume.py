@@ -78,3 +78,15 @@ def test_a_stopped_and_killed_run_ends_as_one_that_was_not(processes, data, tmp_
     assert alone.returncode == 0, alone.stderr[-3000:]
     for metric in ("hr@10", "ndcg@20", "mrr@50"):
         assert f"{result(harmed)['test'][metric]:.4f}" in alone.stdout
+
+
+@pytest.mark.slow
+def test_a_lost_worker_costs_a_restart_from_the_last_checkpoint(data, tmp_path):
+    finish(start(2, data, tmp_path, "unharmed", OPTIONS))
+    job = start(2, data, tmp_path, "harmed", OPTIONS, restarts=1)
+    wait_for_step(tmp_path / "harmed", STEPS_AN_EPOCH + 1, job)
+    worker = int(Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split()[-1])
+    os.kill(worker, signal.SIGKILL)
+    assert "going on from" in finish(job)
+    for figures in ("valid", "test", "best_epoch"):
+        assert result(tmp_path / "harmed")[figures] == result(tmp_path / "unharmed")[figures]
