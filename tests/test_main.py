@@ -96,6 +96,7 @@ def trained(data: Path, folder: Path, options: dict) -> dict:
     return json.loads((folder / "result.json").read_text())
 
 
+@pytest.mark.slow
 def test_a_run_goes_through_one_file_and_on_as_if_it_had_not(capsys, tmp_path):
     data, first, file, back = (tmp_path / name for name in ("data", "first", "whole.safetensors", "back"))
     assert main(["generate", str(data), "--law.num-users", "40"]) == 0

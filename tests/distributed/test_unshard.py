@@ -125,7 +125,10 @@ def test_whole_tables_go_on_exactly_with_what_split_ones_saved(two_ranks, tmp_pa
     assert continued(alone, tmp_path / "new", WHOLE["rowwise_adagrad"]) == expected
 
 
-@pytest.mark.parametrize("optimizer", WHOLE)
+OF_ONE = [kind if kind == "adam" else pytest.param(kind, marks=pytest.mark.slow) for kind in WHOLE]
+
+
+@pytest.mark.parametrize("optimizer", OF_ONE)
 def test_what_one_process_saved_comes_back_bit_for_bit(optimizer, tmp_path):
     saved = saved_by_one(tmp_path / "run", optimizer)
     unshard(saved, tmp_path / "whole")
