@@ -22,7 +22,7 @@ LOSSES = {  # of one process and of two
 
 @pytest.mark.parametrize(
     "losses",
-    [pytest.param(both, id=name, marks=[pytest.mark.slow] * (name == "drawn")) for name, both in LOSSES.items()],
+    [pytest.param(both, id=name, marks=[pytest.mark.slow] * (name != "in-place")) for name, both in LOSSES.items()],
 )
 def test_two_processes_end_where_one_does(losses, tmp_path):
     data = tmp_path / "data"
