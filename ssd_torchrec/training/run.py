@@ -252,12 +252,13 @@ def checkpoint_at(path: Path) -> Path:
 
 
 def config_of(checkpoint: Path, data_path: str, world: World) -> RunConfig:
-    """What a checkpoint was trained with, to be used here: on a CPU in fp32, whatever it was trained in.
+    """What a checkpoint was trained with, to be used here: on a CPU in fp32, tables split or whole as they come.
 
     Args:
         data_path: another data set; empty for the one it was trained on.
     """
     config = from_json(RunConfig, read_info(checkpoint).state.config)
+    config = replace(config, objective=replace(config.objective, scored="auto"))  # the way of a split table's loss
     if data_path:
         config = replace(config, data=replace(config.data, path=data_path))
     if world.device.type == "cpu":

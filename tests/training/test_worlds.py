@@ -2,6 +2,7 @@
 
 import pytest
 
+from ssd_torchrec.__main__ import main
 from ssd_torchrec.data.generate import generate
 from ssd_torchrec.data.synthetic import SyntheticConfig
 from tests.training.jobs import finish, logged, result, start
@@ -24,7 +25,7 @@ LOSSES = {  # of one process and of two
     "losses",
     [pytest.param(both, id=name, marks=[pytest.mark.slow] * (name != "in-place")) for name, both in LOSSES.items()],
 )
-def test_two_processes_end_where_one_does(losses, tmp_path):
+def test_two_processes_end_where_one_does(losses, tmp_path, capsys):
     data = tmp_path / "data"
     generate(SyntheticConfig(num_users=30), data)
     jobs = {n: start(n, data, tmp_path, f"world-{n}", [*OPTIONS, *loss]) for n, loss in enumerate(losses, 1)}
@@ -36,5 +37,7 @@ def test_two_processes_end_where_one_does(losses, tmp_path):
     for stage in ("valid", "test"):
         alone, shared = (result(tmp_path / f"world-{number}") for number in jobs)
         assert alone[stage] == pytest.approx(shared[stage], abs=1e-12)
+    assert main(["evaluate", str(tmp_path / "world-2")]) == 0  # by one process, whose tables are whole
+    assert f"{shared['test']['ndcg@10']:.4f}" in capsys.readouterr().out
     assert (alone["world_size"], shared["world_size"]) == (1, 2)
     assert shared["sharding"]["item"].startswith("row_wise")
