@@ -141,6 +141,16 @@ def test_another_optimizer_on_resume_is_refused_unless_reset(finished):
     assert train(reset, World())["epochs"] == 3
 
 
+def test_a_run_begun_from_another_that_it_does_not_beat_has_a_best_of_its_own(finished):
+    folder, _ = finished
+    config = from_json(RunConfig, json.loads((folder / "config.json").read_text()))
+    training = replace(config.training, epochs=3, resume=str(folder))
+    still = replace(config.dense, learning_rate=1e-12), replace(config.sharding, learning_rate=1e-12)
+    later = replace(config, name="later", training=training, also_without_time=False, dense=still[0], sharding=still[1])
+    begun_at = read_info(folder / "checkpoints" / "best").state.position["epoch"]
+    assert train(later, World())["best_epoch"] == begun_at + 1
+
+
 def test_a_checkpoint_of_another_model_is_refused(finished):
     folder, _ = finished
     config = from_json(RunConfig, json.loads((folder / "config.json").read_text()))
