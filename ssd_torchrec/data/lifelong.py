@@ -10,8 +10,8 @@ than n with probability n to the power of -`tail`. In a row's last block it is a
 target, its last first[b], and the test target, its second[c], hang on an event further back than that: whoever
 remembers ranks both first, whoever only knows which kind of answer is due has a hit rate of k / num_tokens among k.
 
-Short returns are what such memory is learned from: with all of them beyond 1,000 events none of the encoders came to
-remember within a million events (docs/decisions.md).
+Short returns are what such memory is learned from: with all of them beyond 1,000 events neither encoder that was tried
+came to remember (docs/decisions.md).
 
 Table of items: tokens of all kinds, answers of all kinds, the questions, the filler.
 """
