@@ -24,8 +24,9 @@ from ssd_torchrec.data.objective import ObjectiveConfig
 from ssd_torchrec.distributed.optimizers import DenseOptimizerConfig, fuse_into_backward, is_matrix
 from ssd_torchrec.distributed.plan import RESERVED_MEMORY, ShardingConfig, Workload, plan_offline, resolve
 from ssd_torchrec.distributed.rank_storage import RankStorage, TablePlacement, TableShard, cut, placement, shard_bytes
+from ssd_torchrec.distributed.scoring import num_candidates, scores_in_place
 from ssd_torchrec.distributed.tables import TableConfig, tables_of
-from ssd_torchrec.distributed.vocab_parallel import IN_PLACE_ABOVE, QUERIES_PER_BLOCK, ROWS_PER_CHUNK
+from ssd_torchrec.distributed.vocab_parallel import QUERIES_PER_BLOCK, ROWS_PER_CHUNK
 from ssd_torchrec.encoders.encoder import EncoderConfig
 from ssd_torchrec.encoders.registry import name_of
 from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
@@ -265,29 +266,13 @@ class _Need:
         return ceil(max(self.request.tokens_per_batch / ranks, self.request.mean_length))
 
     def in_place(self, config: ShardingConfig) -> bool:
-        objective = self.request.objective
-        if objective.loss != "softmax" or objective.scored == "looked_up":
-            return False
-        possible = config.by_table.get(ITEM_TABLE) == "row_wise" and config.compute_kernel == "fused"
-        if objective.scored == "in_place" and not possible:
-            raise ConfigError(
-                "a table that is scored in place must be split row_wise with compute_kernel fused, got "
-                f"{config.by_table.get(ITEM_TABLE, 'none')} with {config.compute_kernel}; score looked-up candidates"
-            )
-        return possible and (objective.scored == "in_place" or self.request.items > IN_PLACE_ABOVE)
+        return scores_in_place(self.request.objective, config, self.request.items)
 
     def candidates(self, config: ShardingConfig, ranks: int) -> int:
         """Items that a rank's batch lists, at most."""
-        objective, targets = self.request.objective, self.request.tokens_per_batch
-        if self.in_place(config):
-            return 0
-        listed = self.request.items
-        if objective.loss == "bce":
-            listed = 2 * self.events(ranks)
-        elif objective.loss == "sampled_softmax":
-            in_batch = objective.negatives == "in_batch"
-            listed = targets if in_batch else objective.num_negatives + self.events(ranks)
-        return min(self.request.items, listed)
+        request = self.request
+        listed = num_candidates(request.objective, request.items, request.tokens_per_batch, self.events(ranks))
+        return 0 if self.in_place(config) else listed
 
     def placed(self, config: ShardingConfig, ranks: int) -> list[TablePlacement]:
         """Who holds what, as TorchRec cuts tables; whole tables go to whoever has least."""

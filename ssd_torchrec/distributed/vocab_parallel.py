@@ -27,9 +27,6 @@ from ssd_torchrec.distributed.shard import Trainable
 from ssd_torchrec.distributed.state import local_rows, model_state
 from ssd_torchrec.ops.linear import over_events, product
 
-IN_PLACE_ABOVE = 100_000
-"""Items from which on a run's softmax takes this way by itself; fewer are quicker looked up."""
-
 ROWS_PER_CHUNK = {"cpu": 4096, "cuda": 65536}
 QUERIES_PER_BLOCK = {"cpu": 256, "cuda": 1024}
 
@@ -159,9 +156,8 @@ class _Softmax(torch.autograd.Function):
                 p *= weight[block, None]
                 dqueries[block] += _product(p, rows.T)
                 drows += over_events(queries[block], p).T if p.device.type == "cpu" else p.T @ queries[block]
-            bound.step.step_chunk(
-                bound.skipped + at, drows.div_(everyone.world_size)
-            )  # as TorchRec averages what is looked up
+            drows /= everyone.world_size  # as TorchRec averages the gradient of what is looked up
+            bound.step.step_chunk(bound.skipped + at, drows)
         dist.all_reduce(dqueries, group=bound.group)
         return everyone.own(dqueries), None, None
 

@@ -5,12 +5,12 @@ import torch
 from ssd_torchrec.data.schema import DatasetMeta
 from ssd_torchrec.distributed.plan import resolve
 from ssd_torchrec.distributed.process import World
-from ssd_torchrec.distributed.shard import ShardingConfig, Trainable, Workload, shard
+from ssd_torchrec.distributed.scoring import num_candidates, scores_in_place
+from ssd_torchrec.distributed.shard import Trainable, Workload, shard
 from ssd_torchrec.distributed.tables import seed_of, tables_of
-from ssd_torchrec.distributed.vocab_parallel import IN_PLACE_ABOVE, VocabParallelSoftmaxLoss
+from ssd_torchrec.distributed.vocab_parallel import VocabParallelSoftmaxLoss
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.models.next_item import (
-    ITEM_TABLE,
     ITEM_WEIGHT,
     BinaryCrossEntropyLoss,
     FullSoftmaxLoss,
@@ -44,7 +44,7 @@ def build(config: RunConfig, meta: DatasetMeta, world: World) -> Trainable:
         autocast_dtype=AUTOCAST[config.training.precision],
     )
     resolved = resolve(config.sharding, tables_of(model), world.size, world.device)
-    in_place = scores_in_place(config, resolved, meta.num_items)
+    in_place = scores_in_place(config.objective, resolved, meta.num_items)
     workload = _workload(config, meta, world, in_place)
     trainable = shard(model, resolved, config.dense, world, seed=config.training.seed, workload=workload)
     if in_place:
@@ -53,33 +53,10 @@ def build(config: RunConfig, meta: DatasetMeta, world: World) -> Trainable:
     return trainable
 
 
-def scores_in_place(config: RunConfig, sharding: ShardingConfig, num_items: int) -> bool:
-    """Whether the softmax scores the catalogue where it lies, so that batches need not list it.
-
-    Args:
-        sharding: resolved.
-    """
-    if config.objective.loss != "softmax" or config.objective.scored == "looked_up":
-        return False
-    if config.objective.scored == "in_place":
-        return True
-    by_rows = sharding.by_table.get(ITEM_TABLE) == "row_wise" and sharding.compute_kernel == "fused"
-    return num_items > IN_PLACE_ABOVE and by_rows
-
-
 def _workload(config: RunConfig, meta: DatasetMeta, world: World, in_place: bool) -> Workload:
     mean_length = max(meta.num_events / max(meta.num_users, 1), 1.0)
     rows = max(1, round(config.data.tokens_per_batch / mean_length / world.size))
-    candidates = 0 if in_place else _candidates(config, meta, world)
-    return Workload(rows_per_rank=rows, ids_per_row={"item": mean_length, "candidate": candidates / rows})
-
-
-def _candidates(config: RunConfig, meta: DatasetMeta, world: World) -> float:
-    """How many candidates a rank's batch lists, about and at most."""
-    if config.objective.loss == "softmax":
-        return meta.num_items
     targets = config.data.tokens_per_batch
-    if config.objective.loss == "bce":
-        return min(meta.num_items, 2 * targets / world.size)
-    in_batch = config.objective.negatives == "in_batch"
-    return min(meta.num_items, targets if in_batch else config.objective.num_negatives + targets / world.size)
+    listed = num_candidates(config.objective, meta.num_items, targets, -(-targets // world.size))
+    candidates = 0 if in_place else listed
+    return Workload(rows_per_rank=rows, ids_per_row={"item": mean_length, "candidate": candidates / rows})

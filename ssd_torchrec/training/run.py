@@ -21,6 +21,7 @@ from ssd_torchrec.distributed.checkpoint_files import INFO_FILE
 from ssd_torchrec.distributed.collectives import sum_over_ranks
 from ssd_torchrec.distributed.pipeline import pipelined
 from ssd_torchrec.distributed.process import World, all_or_none
+from ssd_torchrec.distributed.scoring import scores_in_place
 from ssd_torchrec.distributed.shard import Trainable, set_learning_rate
 from ssd_torchrec.distributed.vocab_parallel import CatalogueShard
 from ssd_torchrec.encoders.bi_tim4rec import BiTiM4RecConfig
@@ -28,7 +29,7 @@ from ssd_torchrec.encoders.registry import name_of
 from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
 from ssd_torchrec.errors import CheckpointError, ConfigError, DivergedError
 from ssd_torchrec.models.next_item import ITEM_WEIGHT, NextItemModel
-from ssd_torchrec.training.build import build, scores_in_place
+from ssd_torchrec.training.build import build
 from ssd_torchrec.training.config import EvaluationConfig, RunConfig
 from ssd_torchrec.training.evaluate import evaluate
 from ssd_torchrec.training.histories import Histories
@@ -180,7 +181,7 @@ class Run:
 
     @property
     def _in_place(self) -> bool:
-        return scores_in_place(self.config, self.trainable.sharding, self.data.histories.meta.num_items)
+        return scores_in_place(self.config.objective, self.trainable.sharding, self.data.histories.meta.num_items)
 
     def _assess(self, stage: Stage) -> tuple[dict[str, float], dict[str, float]]:
         return assess(self.trainable, self.data, stage, self.config, self.config.evaluation, self.world)
