@@ -460,6 +460,34 @@ def _reshard(words: list[str]) -> int:
     return 0
 
 
+def _grow(words: list[str]) -> int:
+    from ssd_torchrec.models.next_item import ITEM_WEIGHT
+    from ssd_torchrec.training.grow import grow
+    from ssd_torchrec.training.run import checkpoint_at
+
+    @dataclass(frozen=True, kw_only=True)
+    class Grow:
+        checkpoint: tyro.conf.Positional[str]
+        """A checkpoint folder, or a run folder for its best one."""
+
+        folder: tyro.conf.Positional[str]
+        """Folder of the new checkpoint, to train on (--training.resume) or to evaluate."""
+
+        data: str
+        """Data set that was prepared with --extends."""
+
+    asked = tyro.cli(
+        Grow,
+        args=words,
+        prog="ssd-torchrec grow",
+        description=f"{COMMANDS['grow'].about} A new item starts as the out-of-vocabulary row that its id was read as, "
+        "so the grown model encodes every history as the old one did. Optimizer state stays, epochs count anew.",
+    )
+    info = grow(checkpoint_at(Path(asked.checkpoint)), Path(asked.folder), Path(asked.data))
+    print(f"{asked.folder}: {info.tensors[ITEM_WEIGHT][1]:,} rows of items, {_optimizers(info)}")
+    return 0
+
+
 def _optimizers(info: Any) -> str:
     """What a checkpoint's optimizer state is of."""
     return f"tables with the state of {info.table_optimizer}, the rest with that of {info.dense_optimizer}"
@@ -515,6 +543,7 @@ COMMANDS = {
     "reshard": Command(
         _reshard, "Make a checkpoint for another number of ranks, of a checkpoint or of an unsharded file."
     ),
+    "grow": Command(_grow, "Give a checkpoint rows for the items that a data set has got since."),
     "inspect": Command(_inspect, "What is in a data set: counts, lengths, gaps, files."),
     "doctor": Command(_doctor, "Is this installation sound? Versions, what does not fit, and the mend."),
 }

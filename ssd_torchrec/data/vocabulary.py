@@ -62,10 +62,27 @@ class Vocabulary:
     @cached_property
     def content_hash(self) -> str:
         """sha256 over the type, order and spelling of the ids and the number of buckets."""
-        digest = hashlib.sha256(f"{self.ids.type} {len(self.ids)} {self.num_oov_buckets}".encode())
-        for part in _buffers(self.ids):
+        return self.hash_of_first(len(self))
+
+    def hash_of_first(self, num_items: int) -> str:
+        """The `content_hash` of a vocabulary of the first items alone: whether this one extends another."""
+        ids = self.ids[:num_items]
+        digest = hashlib.sha256(f"{ids.type} {len(ids)} {self.num_oov_buckets}".encode())
+        for part in _buffers(ids):
             digest.update(np.ascontiguousarray(part).data)
         return digest.hexdigest()
+
+    def extended_by(self, ids: RawIds) -> "Vocabulary":
+        """The same items in the same rows, and more after them.
+
+        Raises:
+            DataError: an id is known, null, or of another type.
+        """
+        more = _as_ids(ids)
+        if not len(more):
+            return self
+        self._check_type(more)
+        return Vocabulary(pa.concat_arrays([self.ids, more]), self.num_oov_buckets)
 
     def rows_of(self, raw_ids: RawIds) -> Ints:
         """Table rows of raw ids: (n,) int64; unknown ids share the out-of-vocabulary rows by hash.
@@ -76,13 +93,23 @@ class Vocabulary:
         raw = _as_ids(raw_ids)
         if not len(raw):
             return np.zeros(0, np.int64)
-        if raw.type != self.ids.type:
-            raise DataError(f"raw ids must be {self.ids.type} as in the vocabulary, got {raw.type}; cast them")
+        self._check_type(raw)
         hashes = stable_hash(raw)
         at = self._order[np.minimum(np.searchsorted(self._sorted, hashes), len(self) - 1)]
         known = _equal(raw, self.ids.take(pa.array(at)))
-        buckets = 1 + (hashes % np.uint64(self.num_oov_buckets)).astype(np.int64)
-        return np.where(known, self.first_item + at, buckets)
+        return np.where(known, self.first_item + at, self._buckets(hashes))
+
+    def buckets_of(self, raw_ids: RawIds) -> Ints:
+        """Out-of-vocabulary rows of raw ids, known ones too: (n,) int64, as `rows_of` before they were known.
+
+        Raises:
+            DataError: an id is null or of another type than the vocabulary's.
+        """
+        raw = _as_ids(raw_ids)
+        if not len(raw):
+            return np.zeros(0, np.int64)
+        self._check_type(raw)
+        return self._buckets(stable_hash(raw))
 
     def ids_of(self, rows: Ints) -> pa.Array:
         """Raw ids of table rows; null for the mask and the out-of-vocabulary rows.
@@ -119,6 +146,13 @@ class Vocabulary:
         if buckets is None or table.column_names != ["id"]:
             raise DataError(f"{file}: must hold one column id and the number of buckets; prepare the data set again")
         return cls(table["id"], int(buckets))
+
+    def _buckets(self, hashes: Hashes) -> Ints:
+        return 1 + (hashes % np.uint64(self.num_oov_buckets)).astype(np.int64)
+
+    def _check_type(self, raw: pa.Array) -> None:
+        if raw.type != self.ids.type:
+            raise DataError(f"raw ids must be {self.ids.type} as in the vocabulary, got {raw.type}; cast them")
 
     def _refuse_twins(self) -> None:
         twins = np.flatnonzero(self._sorted[1:] == self._sorted[:-1])

@@ -316,7 +316,8 @@ def _checked_info(path: Path, trainable: Trainable, vocabulary: str) -> Checkpoi
         if info.state.vocabulary != vocabulary:
             raise CheckpointError(
                 f"{path} must be of this data's item vocabulary {vocabulary}, got {info.state.vocabulary}: its table "
-                "rows are other items; give the data set that it was trained on"
+                "rows are other items; give the data set that it was trained on, or let ssd-torchrec grow make it one "
+                "of a data set that extends that one"
             )
         _check_model(path, info.tensors, _signature(trainable))
         for name in sorted(info.files)[_rank() :: _world_size()]:

@@ -49,20 +49,30 @@ def reshard(source: Path, folder: Path, *, ranks: int = 1) -> CheckpointInfo:
     layout = whole.entries if whole else layout_of(source, info)
     with writing(folder), scratch_folder(folder, "reshard") as scratch:
         whole = whole or gather(source, info, layout, scratch / "whole", {})
-        new = scratch / "new"
-        new.mkdir()
-        pieces = _pieces(whole, ranks)
-        files.write_pieces(new, pieces, lambda piece: _read(whole, piece))
-        info = replace(
-            info,
-            world_size=ranks,
-            plan=_plan(whole, ranks),
-            files={name: files.digest(new / name) for name in files.files_of(new)},
-        )
-        files.write_json_with_sum(new / files.INFO_FILE, asdict(info))
-        files.sync(new)
-        os.rename(new, folder)
-        files.sync(folder.parent)
+        return publish(whole, info, folder, scratch / "new", ranks)
+
+
+def publish(whole: WholeFile, info: CheckpointInfo, folder: Path, beside: Path, ranks: int) -> CheckpointInfo:
+    """Write tensors as a checkpoint for `ranks` ranks, first `beside` and then in its place.
+
+    Returns:
+        `info`, but for who holds what.
+
+    Raises:
+        OSError: the disk is full or cannot be written.
+    """
+    beside.mkdir()
+    files.write_pieces(beside, _pieces(whole, ranks), lambda piece: _read(whole, piece))
+    info = replace(
+        info,
+        world_size=ranks,
+        plan=_plan(whole, ranks),
+        files={name: files.digest(beside / name) for name in files.files_of(beside)},
+    )
+    files.write_json_with_sum(beside / files.INFO_FILE, asdict(info))
+    files.sync(beside)
+    os.rename(beside, folder)
+    files.sync(folder.parent)
     return info
 
 
@@ -71,7 +81,7 @@ def _pieces(whole: WholeFile, ranks: int) -> list[list[files.Piece]]:
     pieces: list[list[files.Piece]] = [[] for _ in range(ranks)]
     rest = []
     for name, entry in whole.entries.items():
-        if _table_of(name) is None or not entry.shape:
+        if table_of(name) is None or not entry.shape:
             rows = entry.shape[0] if entry.shape else 1
             rest.append(files.Piece(name=name, dtype=entry.dtype, shape=entry.shape, first_row=0, rows=rows))
             continue
@@ -95,12 +105,12 @@ def _read(whole: WholeFile, piece: files.Piece) -> Tensor:
 
 def _plan(whole: WholeFile, ranks: int) -> dict[str, str]:
     """Who holds what, as `describe_plan` says it; empty for whole tables."""
-    names = sorted({table for name in whole.entries if (table := _table_of(name)) is not None})
+    names = sorted({table for name in whole.entries if (table := table_of(name)) is not None})
     holders = ", ".join(map(str, range(ranks)))
     return {} if ranks == 1 else {name: f"row_wise on rank {holders}" for name in names}
 
 
-def _table_of(name: str) -> str | None:
+def table_of(name: str) -> str | None:
     """The table that a tensor is part of, itself or as the state of its optimizer; None for the dense rest."""
     part, _, path = name.partition(".")
     path = path.rpartition(".")[0] if part == "tables" else path

@@ -117,15 +117,14 @@ def layout_of(checkpoint: Path, info: CheckpointInfo) -> dict[str, Entry]:
 def gather(
     checkpoint: Path, info: CheckpointInfo, layout: Mapping[str, Entry], path: Path, metadata: Mapping[str, str]
 ) -> WholeFile:
-    """Fill a new file with the tensors of a checkpoint, one by one.
+    """Fill a new file with the tensors of a checkpoint.
 
     Raises:
         CheckpointError: the checkpoint does not hold what it says.
         OSError: the disk is full or cannot be written.
     """
     whole = WholeFile.create(path, layout, metadata)
-    for name in whole.entries:
-        files.read_tensors(checkpoint, {name: whole.tensor(name)}, info.files)
+    files.read_tensors(checkpoint, {name: whole.tensor(name) for name in whole.entries}, info.files)
     return whole
 
 

@@ -121,6 +121,11 @@ class BiTiM4RecConfig(EncoderConfig):
         """The gates see gaps normalised by these."""
         return replace(self, log_gap_mean=log_gap_mean, log_gap_std=log_gap_std) if self.reads_time else self
 
+    @property
+    def gaps(self) -> tuple[float, float] | None:
+        """Of both gates."""
+        return (self.log_gap_mean, self.log_gap_std) if self.reads_time else None
+
     def build(self) -> "BiTiM4Rec":
         """The encoder with new weights."""
         return BiTiM4Rec(self)

@@ -101,6 +101,11 @@ class EncoderConfig(ABC):
         """With the mean and standard deviation of log1p(gap in s) over the training set, if it has a use for them."""
         return self
 
+    @property
+    def gaps(self) -> tuple[float, float] | None:
+        """What `with_gaps` was given; None where there is no use for it."""
+        return None
+
     @abstractmethod
     def build(self) -> Encoder:
         """The encoder, its weights drawn from PyTorch's generator."""

@@ -155,6 +155,11 @@ class TiM4RecConfig(EncoderConfig):
         known = {"log_gap_mean": log_gap_mean, "log_gap_std": log_gap_std}
         return replace(self, **known) if self.time_mode == "causal" else self
 
+    @property
+    def gaps(self) -> tuple[float, float] | None:
+        """Of the causal gate alone."""
+        return (self.log_gap_mean, self.log_gap_std) if self.time_mode == "causal" else None
+
     def build(self) -> "TiM4Rec":
         """The encoder with new weights."""
         return TiM4Rec(self)

@@ -30,7 +30,7 @@ from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
 from ssd_torchrec.errors import CheckpointError, ConfigError, DivergedError
 from ssd_torchrec.models.next_item import ITEM_WEIGHT, NextItemModel
 from ssd_torchrec.training.build import build
-from ssd_torchrec.training.config import EvaluationConfig, RunConfig
+from ssd_torchrec.training.config import EvaluationConfig, RunConfig, TrainingConfig
 from ssd_torchrec.training.evaluate import evaluate
 from ssd_torchrec.training.histories import Histories
 from ssd_torchrec.training.loop import Position, Steps, TrainingLoop
@@ -56,10 +56,12 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         Interrupted: SIGTERM came; the run is saved.
     """
     data = Histories.open(config, world)
-    if config.encoder.reads_time:
-        gaps = log_gap_statistics(data.histories, data.spans)
-        config = replace(config, encoder=config.encoder.with_gaps(*gaps))
     folder = Path(config.output) / config.name
+    if config.encoder.reads_time:
+        start = start_of(config.training, folder)
+        gaps = start and from_json(RunConfig, read_info(start).state.config).encoder.gaps  # what its weights know
+        gaps = gaps or log_gap_statistics(data.histories, data.spans)
+        config = replace(config, encoder=config.encoder.with_gaps(*gaps))
     result = Run(config, folder, data, world).train("with time" if config.also_without_time else "training")
     if config.also_without_time:
         assert isinstance(config.encoder, TiM4RecConfig | BiTiM4RecConfig)
@@ -129,7 +131,7 @@ class Run:
     @property
     def checkpoints(self) -> Path:
         """Where this run's checkpoints are."""
-        return self.folder / "checkpoints"
+        return checkpoints_of(self.folder)
 
     @property
     def _vocabulary(self) -> str:
@@ -137,10 +139,7 @@ class Run:
 
     def _begin(self) -> Position:
         """Claim the folder, and load what the run is to go on from; where it begins."""
-        resume = self.config.training.resume
-        start = latest_checkpoint(self.checkpoints) if resume == "auto" else None
-        if resume not in ("auto", "none"):
-            start = checkpoint_at(Path(resume))
+        start = start_of(self.config.training, self.folder)
         position = Position()
         if start is not None:
             info = load_checkpoint(
@@ -154,7 +153,7 @@ class Run:
                 position = replace(position, best_epoch=0, best_score=-1.0, since_best=0)
         with all_or_none(f"claiming {self.folder}", ConfigError):
             if self.world.rank == 0:
-                claim(self.folder, self.config, resume=resume == "auto")
+                claim(self.folder, self.config, resume=self.config.training.resume == "auto")
         if start is not None and self.world.rank == 0:
             print(f"going on from {start}: epoch {position.epoch}, batch {position.batches}, step {position.step}")
         return position
@@ -238,13 +237,29 @@ def assess(
     )
 
 
+def checkpoints_of(folder: Path) -> Path:
+    """Where the checkpoints of a run are."""
+    return folder / "checkpoints"
+
+
+def start_of(training: TrainingConfig, folder: Path) -> Path | None:
+    """The checkpoint that a run is to go on from: its own latest, another, or none.
+
+    Raises:
+        CheckpointError: the other one is not there.
+    """
+    if training.resume in ("auto", "none"):
+        return latest_checkpoint(checkpoints_of(folder)) if training.resume == "auto" else None
+    return checkpoint_at(Path(training.resume))
+
+
 def checkpoint_at(path: Path) -> Path:
     """A checkpoint from its own folder, or the best one of a run from the run's.
 
     Raises:
         CheckpointError: there is none.
     """
-    for folder in (path, path / "checkpoints" / BEST):
+    for folder in (path, checkpoints_of(path) / BEST):
         if (folder / INFO_FILE).is_file():
             return folder
     raise CheckpointError(

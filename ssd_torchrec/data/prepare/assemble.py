@@ -1,22 +1,25 @@
 """What is left of a log as rows: users in ascending order, their events in time, ids for the values of other columns.
 
-# table       columns              lines
-# left_users  u, user              users of the k-core; user counts them from 0
-# left_items  i, item              items of the k-core and their table rows
-# left        user, item, ...      events of the k-core, a view
-# values_0    value, id            what the ids of the first further column mean; values_1, ... likewise
-# bags_0      user, value          the distinct values that a user has of it, if it is a user column
+# table          columns           lines
+# left_users     u, user           users of the k-core; user counts them from 0
+# known_items    raw, item         items that have table rows from before, in the k-core or not
+# left_items     i, item           items of the k-core and their table rows
+# left_events    user, item, ...   events of the k-core, a view
+# known_values_0 value, id         values of the first further column that have ids from before
+# values_0       value, id         what its ids mean; values_1, ... likewise
+# bags_0         user, value       the distinct values that a user has of it, if it is a user column
 """
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import duckdb
 import numpy as np
 import pyarrow as pa
 
 from ssd_torchrec.data.prepare.by_user import ByUser, bags_of, lengths_of
+from ssd_torchrec.data.prepare.known import Known
 from ssd_torchrec.data.prepare.source import quoted_name
 from ssd_torchrec.data.rows import Ints, Rows, offsets_of
 from ssd_torchrec.data.values import Values
@@ -109,32 +112,34 @@ class Assembled:
         return ByUser(self.connection.cursor().sql(query).to_arrow_reader(_BATCH))
 
 
-def assemble(connection: duckdb.DuckDBPyConnection, extras: Extras, order: Order, num_oov_buckets: int) -> Assembled:
-    """Number what `code_events` and `k_core` left.
+def assemble(
+    connection: duckdb.DuckDBPyConnection,
+    extras: Extras,
+    order: Order,
+    num_oov_buckets: int,
+    known: Known | None = None,
+) -> Assembled:
+    """Number what `code_events` and `k_core` left: first what is known, then the rest in ascending order.
+
+    Args:
+        known: whose items and values keep their ids; it has the same further columns and `num_oov_buckets`.
 
     Raises:
-        DataError: a further column holds no value for what is left.
+        DataError: a further column holds no value for what is left, and none is known.
     """
     connection.execute('CREATE TABLE left_users AS SELECT u, row_number() OVER (ORDER BY u) - 1 AS "user" FROM of_user')
-    connection.execute(
-        f"CREATE TABLE left_items AS SELECT i, row_number() OVER (ORDER BY i) + {num_oov_buckets:d} AS item "
-        "FROM of_item"
-    )
+    vocabulary = _number_items(connection, num_oov_buckets, known.vocabulary if known else None)
     connection.execute(
         "CREATE VIEW left_events AS SELECT * FROM coded JOIN left_users USING (u) JOIN left_items USING (i)"
     )
-    items = connection.sql("SELECT raw FROM left_items JOIN raw_items USING (i) ORDER BY i").to_arrow_table()
     raw_user_type = connection.sql("SELECT raw FROM raw_users LIMIT 0").to_arrow_table().schema.field("raw").type
-    of_event = {name: _event_values(connection, n, name) for n, name in enumerate(extras.event)}
-    of_user = {name: _user_values(connection, n, name, extras) for n, name in enumerate(extras.user, len(extras.event))}
-    return Assembled(
-        connection,
-        extras,
-        order,
-        Vocabulary(items["raw"], num_oov_buckets),
-        of_user | of_event,
-        not pa.types.is_integer(raw_user_type),
-    )
+    values = known.values if known else {}
+    of_event = {name: _event_values(connection, n, name, values.get(name)) for n, name in enumerate(extras.event)}
+    of_user = {
+        name: _user_values(connection, n, name, values.get(name), extras)
+        for n, name in enumerate(extras.user, len(extras.event))
+    }
+    return Assembled(connection, extras, order, vocabulary, of_user | of_event, not pa.types.is_integer(raw_user_type))
 
 
 def rising(timestamp: Ints, offsets: Ints) -> Ints:
@@ -150,14 +155,45 @@ def rising(timestamp: Ints, offsets: Ints) -> Ints:
     return np.maximum.accumulate(timestamp + apart) - apart
 
 
-def _event_values(connection: duckdb.DuckDBPyConnection, number: int, name: str) -> pa.Array:
+def _number_items(connection: duckdb.DuckDBPyConnection, num_oov_buckets: int, known: Vocabulary | None) -> Vocabulary:
+    """Make left_items."""
+    connection.execute("CREATE TABLE known_items AS SELECT raw, 0 AS item FROM raw_items LIMIT 0")
+    first = 1 + num_oov_buckets
+    if known is not None:
+        _insert(connection, "known_items", {"raw": known.ids, "item": np.arange(first, first + len(known))})
+        first += len(known)
+    connection.execute(
+        f"CREATE TABLE left_items AS SELECT i, {_known_or_next('item', first, 'i')} AS item "
+        "FROM of_item JOIN raw_items USING (i) LEFT JOIN known_items USING (raw)"
+    )
+    more = connection.sql(
+        f"SELECT raw FROM left_items JOIN raw_items USING (i) WHERE item >= {first} ORDER BY item"
+    ).to_arrow_table()["raw"]
+    return Vocabulary(more, num_oov_buckets) if known is None else known.extended_by(more)
+
+
+def _insert(connection: duckdb.DuckDBPyConnection, table: str, columns: dict[str, Any]) -> None:
+    connection.register("lines", pa.table(columns))
+    connection.execute(f"INSERT INTO {table} SELECT {', '.join(columns)} FROM lines")
+    connection.unregister("lines")
+
+
+def _known_or_next(known: str, first: int, order: str) -> str:
+    """SQL: the known id, or for want of one the next from `first` on."""
+    return f"coalesce({known}, {first - 1} + row_number() OVER (PARTITION BY {known} IS NULL ORDER BY {order}))"
+
+
+def _event_values(connection: duckdb.DuckDBPyConnection, number: int, name: str, known: pa.Array | None) -> pa.Array:
     """Make values_{number}; id 0 is for events without a value."""
     connection.execute(f"CREATE VIEW given_{number} AS SELECT extra_{number} AS value FROM left_events")
-    values = _number_values(connection, number, name, first=1)
-    return pa.concat_arrays([pa.nulls(1, pa.large_string()), values])
+    nothing = pa.nulls(1, pa.large_string())
+    values = _number_values(connection, number, name, first=1, known=nothing[:0] if known is None else known[1:])
+    return pa.concat_arrays([nothing, values])
 
 
-def _user_values(connection: duckdb.DuckDBPyConnection, number: int, name: str, extras: Extras) -> pa.Array:
+def _user_values(
+    connection: duckdb.DuckDBPyConnection, number: int, name: str, known: pa.Array | None, extras: Extras
+) -> pa.Array:
     """Make bags_{number} and values_{number}."""
     if extras.of_users_table:
         told = (
@@ -168,13 +204,19 @@ def _user_values(connection: duckdb.DuckDBPyConnection, number: int, name: str, 
         told = f'SELECT DISTINCT "user", extra_{number} AS value FROM left_events'
     connection.execute(f"CREATE TABLE bags_{number} AS {told}")
     connection.execute(f"CREATE VIEW given_{number} AS SELECT value FROM bags_{number}")
-    return _number_values(connection, number, name, first=0)
+    none = pa.nulls(0, pa.large_string())
+    return _number_values(connection, number, name, first=0, known=none if known is None else known)
 
 
-def _number_values(connection: duckdb.DuckDBPyConnection, number: int, name: str, first: int) -> pa.Array:
+def _number_values(
+    connection: duckdb.DuckDBPyConnection, number: int, name: str, *, first: int, known: pa.Array
+) -> pa.Array:
+    connection.execute(f"CREATE TABLE known_values_{number} (value VARCHAR, id BIGINT)")
+    _insert(connection, f"known_values_{number}", {"value": known, "id": np.arange(first, first + len(known))})
     connection.execute(
-        f"CREATE TABLE values_{number} AS SELECT value, row_number() OVER (ORDER BY value) + {first - 1} AS id "
-        f"FROM (SELECT DISTINCT value FROM given_{number} WHERE value IS NOT NULL)"
+        f"CREATE TABLE values_{number} AS SELECT value, {_known_or_next('id', first + len(known), 'value')} AS id "
+        f"FROM (SELECT DISTINCT value FROM given_{number} WHERE value IS NOT NULL) "
+        f"FULL JOIN known_values_{number} USING (value)"
     )
     values = connection.sql(f"SELECT value FROM values_{number} ORDER BY id").to_arrow_table()["value"]
     if not len(values):

@@ -17,6 +17,7 @@ import pyarrow as pa
 
 from ssd_torchrec.data.prepare.assemble import TIME, Extras, Order, assemble
 from ssd_torchrec.data.prepare.core import Counts, code_events, k_core
+from ssd_torchrec.data.prepare.known import Known
 from ssd_torchrec.data.prepare.log import LogConfig
 from ssd_torchrec.data.prepare.stage import stage
 from ssd_torchrec.data.schema import DatasetMeta, check_names
@@ -46,7 +47,11 @@ class PrepareConfig:
     an order lets times fall, an event takes the time of the one before."""
 
     num_oov_buckets: int = 16
-    """Table rows that items unknown to this data set share by hash."""
+    """Table rows that items unknown to this data set share by hash; with `extends`, those that it has."""
+
+    extends: str = ""
+    """Data set whose items and values of further columns keep their ids here, in this log or not; new ones get the ids
+    after them, and `ssd-torchrec grow` gives its checkpoints their rows. Empty: all ids are given out anew."""
 
     memory_limit: str = "1GiB"
     """What the database may take before it spills to disk; the process needs some 0.5 GiB beside it."""
@@ -88,8 +93,8 @@ def prepare(
 
     Raises:
         DataError: the log is not what it must be, the k-core is empty, `output` holds something that is no data set, or
-            there cannot be written.
-        ConfigError: `memory_limit` is too small for this log.
+            there cannot be written; what is to be extended is no data set.
+        ConfigError: `memory_limit` is too small for this log; what is to be extended has other further columns.
 
     However it ends, what it wrote outside `output` is removed; after a kill, by the next prepare with the same `output`
     and `temporary`.
@@ -98,12 +103,13 @@ def prepare(
     check_target(output)
     extras = Extras(event=config.log.event_columns, user=config.log.user_columns, of_users_table=bool(config.log.users))
     check_names(list(extras.names))
+    known = Known.of(Path(config.extends), extras.names) if config.extends else None
     beside = Path(config.temporary).absolute() / output.name if config.temporary else output
     clock = _Clock(on_step)
     with _sigterm_unwinds(), _explained(output, beside.parent, config), scratch_folder(beside, "spill") as folder:
         connection = _database(folder, config)
         try:
-            return _prepare(connection, Path(log), output, config, extras, clock)
+            return _prepare(connection, Path(log), output, config, extras, known, clock)
         finally:
             connection.close()
 
@@ -114,14 +120,17 @@ def _prepare(
     output: Path,
     config: PrepareConfig,
     extras: Extras,
+    known: Known | None,
     clock: "_Clock",
 ) -> DatasetMeta:
-    stage(connection, log, config.log, float32_time=config.order == "float32-stable")
+    float32_time = config.order == "float32-stable"
+    stage(connection, log, config.log, float32_time=float32_time, item_type=known.item_type if known else None)
     connection.execute("SET preserve_insertion_order = false")  # position tells the order; memory for it is not needed
     code_events(connection, extras.of_log, time=sorted({"timestamp", TIME[config.order]}))
     for number, counts in enumerate(k_core(connection, config.k_core)):
         clock.lap(f"{config.k_core}-core, round {number}" if number else LOG, counts)
-    left = assemble(connection, extras, config.order, config.num_oov_buckets)
+    buckets = known.vocabulary.num_oov_buckets if known else config.num_oov_buckets
+    left = assemble(connection, extras, config.order, buckets, known)
     with DatasetWriter(
         output,
         name=config.name or log.resolve().name.split(".")[0] or "log",

@@ -42,7 +42,12 @@ class StagedLog:
 
 
 def stage(
-    connection: duckdb.DuckDBPyConnection, log: Path, config: LogConfig, *, float32_time: bool = False
+    connection: duckdb.DuckDBPyConnection,
+    log: Path,
+    config: LogConfig,
+    *,
+    float32_time: bool = False,
+    item_type: RawType | None = None,
 ) -> StagedLog:
     """Make the table events of a log and, if `config.users` is given, the table users.
 
@@ -50,6 +55,7 @@ def stage(
         connection: a database without these tables; its memory limit holds.
         log: file or folder.
         float32_time: whether events get a column float32_time, the time in the log's unit rounded to float32.
+        item_type: what raw item ids must be, if other data has some already; None takes them as the log has them.
 
     Raises:
         ConfigError: a further column has a name that the tables cannot have.
@@ -68,15 +74,18 @@ def stage(
     source = _open(files, layout, wanted, "--columns")
     user, item, time = (source.columns[name] for name in (names.user, names.item, names.timestamp))
     reading = Reading(source, tuple(rules.meets(told, source.columns[told.column]) for told in config.conditions))
-    every_rule = [*rules.id_rules(user), *rules.id_rules(item), *rules.time_rules(time, config.time_unit)]
+    seconds = rules.as_seconds(time, config.time_unit)
+    every_rule = [*rules.id_rules(user), *rules.id_rules(item), *rules.time_rules(time, config.time_unit, seconds)]
     every_rule += [rule for name in of_log for rule in rules.value_rules(source.columns[name])]
+    if item_type is not None:
+        every_rule.append(rules.type_rule(item, item_type, "as in the data set that is extended"))
     found = survey(connection, reading, every_rule, [rules.is_integer(user), rules.is_integer(item)])
     user_type = _raw_type(connection, reading, user, found.num_rows, found.counts[0])
-    item_type = _raw_type(connection, reading, item, found.num_rows, found.counts[1])
+    item_type = item_type or _raw_type(connection, reading, item, found.num_rows, found.counts[1])
     selected = {
         "user_id": rules.as_id(user, user_type),
         "item": rules.as_id(item, item_type),
-        "timestamp": rules.as_seconds(time, config.time_unit),
+        "timestamp": seconds,
         "position": "row_number() OVER () - 1",
         **({"float32_time": rules.as_float32(time, config.time_unit)} if float32_time else {}),
         **{name: rules.as_value(source.columns[name]) for name in of_log},
