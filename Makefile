@@ -7,12 +7,10 @@ SHELL := /bin/bash
 BIN := .venv/bin
 STACK := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCHREC_1_6 := $(CURDIR)/.venv/torchrec-1.6.1
-# These touch torchrec, and run once more against the older release that is supported; but for the longest, whose parts
-# others among them test.
-TORCHREC_TESTS := tests/data/test_batch.py tests/data/test_batches.py tests/data/test_objective.py tests/models \
-  tests/distributed tests/training --ignore tests/training/test_resume.py --ignore tests/training/test_systems.py \
-  --ignore tests/training/test_worlds.py --ignore tests/training/test_in_place.py --ignore tests/distributed/test_unshard.py \
-  --ignore tests/distributed/test_process.py --ignore tests/distributed/test_heap.py
+# These touch torchrec, and run once more against the older release that is supported.
+TORCHREC_TESTS := tests/data/test_batch.py tests/data/test_batches.py tests/models $(addprefix tests/distributed/test_, \
+  capacity.py checkpoint.py optimizers.py pipeline.py plan.py shard.py tables.py vocab_parallel.py) \
+  $(addprefix tests/training/test_, grow.py import_weights.py run.py)
 
 # Written when an install is complete, so an interrupted one is begun anew. It names the stack and the folder, which a virtual
 # environment does not survive the change of.

@@ -152,6 +152,7 @@ def waits_for_a_silent_rank(world: World, port: int) -> str:
     return "nothing"
 
 
+@pytest.mark.slow
 def test_a_rank_that_hangs_is_named():
     told, of_the_silent, _ = spawn(waits_for_a_silent_rank, 3, free_port())
     assert of_the_silent == "nothing"

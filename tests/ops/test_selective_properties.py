@@ -155,7 +155,7 @@ def test_every_split_resumes_where_it_stopped(reverse, scan, device):
 
 
 @SCANS
-@pytest.mark.parametrize("poison", [torch.nan, torch.inf], ids=["nan", "inf"])
+@pytest.mark.parametrize("poison", [torch.nan, pytest.param(torch.inf, marks=pytest.mark.slow)])
 def test_nothing_crosses_rows(poison, reverse, scan, piece, device, monkeypatch):
     """In values and in gradients, even where another row holds no numbers."""
     cut(monkeypatch, piece)

@@ -30,6 +30,7 @@ ROWS = {
     "no-rows": [],
 }
 EVENTS = ("x", "dt", "B", "C", "z")
+SLOW = pytest.mark.slow  # of several seconds in the interpreter, and much like another
 KERNELS = partial(ssd_scan_bidirectional_triton, chunk=16)
 PATHS = {"chunked": ssd_scan_bidirectional_chunked, "kernels": KERNELS}
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of tests that hypothesis runs many times
@@ -69,19 +70,28 @@ def test_it_is_the_sum_of_both_scans_with_one_skip_and_one_gate(lengths, device)
 
 
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize(("dtype", "groups"), [(torch.float32, 1), (torch.bfloat16, 2)], ids=str)
-@pytest.mark.parametrize("scan", PATHS.values(), ids=PATHS)
-def test_paths_are_as_accurate_as_eager(scan, dtype, groups, lengths, device):
+@pytest.mark.parametrize(
+    ("path", "dtype", "groups"),
+    [
+        ("chunked", torch.float32, 1),
+        ("chunked", torch.bfloat16, 2),
+        ("kernels", torch.float32, 1),
+        pytest.param("kernels", torch.bfloat16, 2, marks=SLOW),
+    ],
+)
+def test_paths_are_as_accurate_as_eager(path, dtype, groups, lengths, device):
+    scan = PATHS[path]
     tensors = on(device, bidirectional_inputs(lengths, heads=HEADS, groups=groups), dtype)
     assert_accurate(scan, tensors, JaggedLayout.from_lengths(lengths, device))
 
 
-@pytest.mark.parametrize("scan", PATHS.values(), ids=PATHS)
-def test_half_precision_is_as_accurate_as_eager(scan, device):
+@pytest.mark.parametrize("path", ["chunked", pytest.param("kernels", marks=SLOW)])
+def test_half_precision_is_as_accurate_as_eager(path, device):
     tensors = on(device, bidirectional_inputs([3, 0, 20], heads=HEADS), torch.float16)
-    assert_accurate(scan, tensors, JaggedLayout.from_lengths([3, 0, 20], device))
+    assert_accurate(PATHS[path], tensors, JaggedLayout.from_lengths([3, 0, 20], device))
 
 
+@SLOW
 def test_pieces_of_long_rows_are_as_accurate_as_eager(device):
     lengths = [35]
     tensors = on(device, bidirectional_inputs(lengths, heads=HEADS))
@@ -200,6 +210,7 @@ class Scan(torch.nn.Module):
         return KERNELS(x, dt, A, B, C, layout)
 
 
+@SLOW
 def test_it_compiles_whole_for_any_size(device):
     compiled = torch.compile(Scan(), fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ([3, 0, 20], [5, 5], [1, 19, 2, 4]):

@@ -23,6 +23,7 @@ ROWS = {
     "no-rows": [],
 }
 EVENTS = ("x", "dt", "B", "C", "z")
+SLOW = pytest.mark.slow  # of several seconds in the interpreter, and much like another
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of tests that hypothesis runs many times
 few = settings(max_examples=4, derandomize=True, deadline=None)
 row_lengths = st.lists(st.integers(0, 20), min_size=1, max_size=3)
@@ -117,8 +118,10 @@ def test_rows_of_one_chunk_take_a_way_of_their_own(device):
     torch.testing.assert_close(whole["y"], cut["y"])
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("fastest", [1e-4, 800.0], ids=["slow", "fast"])
+@pytest.mark.parametrize(
+    ("fastest", "reverse"),
+    [(1e-4, False), (800.0, True), pytest.param(1e-4, True, marks=SLOW), pytest.param(800.0, False, marks=SLOW)],
+)
 def test_extreme_decays_are_as_accurate_as_eager(fastest, reverse, device):
     lengths = [20, 3]
     tensors = on(device, scan_inputs(lengths, heads=HEADS, fastest=fastest))
@@ -179,8 +182,10 @@ def test_backwards_is_forwards_on_turned_rows(lengths):
     torch.testing.assert_close(final, final_turned)
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forward", "reverse"])
-@pytest.mark.parametrize("piece", [0, 16], ids=["rows", "pieces"])
+@pytest.mark.parametrize(
+    ("piece", "reverse"),
+    [(0, False), (16, True), pytest.param(0, True, marks=SLOW), pytest.param(16, False, marks=SLOW)],
+)
 def test_nothing_crosses_rows(piece, reverse, programs, device):
     lengths = [18, 20, 3]
     tensors = on(device, scan_inputs(lengths, heads=2, states=False))

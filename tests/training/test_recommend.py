@@ -260,6 +260,7 @@ def test_what_was_written_is_said_in_a_line():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", ["strings"], indirect=True)
 def test_two_processes_write_what_one_writes(run, tmp_path, capsys):
     histories = data_of(run)

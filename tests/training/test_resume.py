@@ -49,7 +49,8 @@ def kill(process: subprocess.Popen[str]) -> None:
     process.communicate(timeout=60)
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_a_stopped_and_killed_run_ends_as_one_that_was_not(processes, data, tmp_path):
     unharmed, harmed = tmp_path / "unharmed", tmp_path / "harmed"
     finish(start(processes, data, tmp_path, "unharmed", OPTIONS))

@@ -63,12 +63,8 @@ def test_every_system_learns_more_than_what_is_popular(system, data, tmp_path):
         assert result[stage]["ndcg@10"] > 1.5 * result["most_popular"][stage]["ndcg@10"]
 
 
-OF_NEGATIVES = [
-    kind if kind == "popularity" else pytest.param(kind, marks=pytest.mark.slow) for kind in get_args(Negatives)
-]
-
-
-@pytest.mark.parametrize("negatives", OF_NEGATIVES)
+@pytest.mark.slow
+@pytest.mark.parametrize("negatives", get_args(Negatives))
 def test_against_items_drawn_for_the_batch_as_much_is_learned(negatives, data, tmp_path):
     flags = ["-j", "1x1", "--data", str(data), "--output", str(tmp_path), "--name", "run"]
     drawn = ["--objective.loss", "sampled_softmax", "--objective.negatives", negatives]

@@ -21,10 +21,8 @@ LOSSES = {  # of one process and of two
 }
 
 
-@pytest.mark.parametrize(
-    "losses",
-    [pytest.param(both, id=name, marks=[pytest.mark.slow] * (name != "in-place")) for name, both in LOSSES.items()],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("losses", LOSSES.values(), ids=LOSSES)
 def test_two_processes_end_where_one_does(losses, tmp_path, capsys):
     data = tmp_path / "data"
     generate(SyntheticConfig(num_users=30), data)
