@@ -16,7 +16,7 @@ import os
 import re
 import shutil
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -104,21 +104,44 @@ def save_checkpoint(
     Raises:
         CheckpointError: on every rank, when a rank cannot write; the earlier checkpoints are as they were.
     """
+    check_keep(keep)
+    return write_checkpoint(folder, values_of(trainable), describe(trainable, state), keep=keep, best=best)
+
+
+def check_keep(keep: int) -> None:
+    """Refuse to drop what was just saved."""
     if keep < 1:
         raise ConfigError(f"at least 1 checkpoint must be kept, got keep={keep}")
+
+
+def values_of(trainable: Trainable) -> dict[str, Value]:
+    """All tensors of a checkpoint, live."""
+    return model_state(trainable) | table_state(trainable) | dense_state(trainable)
+
+
+def write_checkpoint(
+    folder: Path,
+    values: dict[str, Value],
+    info: CheckpointInfo,
+    *,
+    keep: int,
+    best: bool,
+    group: dist.ProcessGroup | None = None,
+) -> Path:
+    """Write what `values_of` and `describe` say, as `save_checkpoint`. Collective over `group`, a gloo group or all."""
     writing = folder / WRITING
-    with all_or_none(f"saving to {folder}", CheckpointError):
+    with all_or_none(f"saving to {folder}", CheckpointError, group):
         if _rank() == 0:
             _make_room(writing)
-    files.write_tensors(writing, model_state(trainable) | table_state(trainable) | dense_state(trainable))
-    info = _info(trainable, state, _digests(writing))
+    files.write_tensors(writing, values, group)
+    info = replace(info, files=_digests(writing, group))
     path: Path | None = None
-    with all_or_none(f"saving to {folder}", CheckpointError):
+    with all_or_none(f"saving to {folder}", CheckpointError, group):
         if _rank() == 0:
             files.write_json_with_sum(writing / files.INFO_FILE, asdict(info))
-            path = _publish(writing, state.step, best)
+            path = _publish(writing, info.state.step, best)
             _drop_old(folder, keep)
-    path = word_of_rank_0(path)
+    path = word_of_rank_0(path, group)
     assert path is not None
     return path
 
@@ -220,15 +243,16 @@ def _make_room(writing: Path) -> None:
     writing.mkdir(parents=True)
 
 
-def _digests(writing: Path) -> dict[str, dict[str, Any]]:
+def _digests(writing: Path, group: dist.ProcessGroup | None) -> dict[str, dict[str, Any]]:
     """Sums of all files, each rank adding up a share of them."""
     share: dict[str, dict[str, Any]] = {}
-    with all_or_none(f"saving to {writing.parent}", CheckpointError):
+    with all_or_none(f"saving to {writing.parent}", CheckpointError, group):
         share = {name: files.digest(writing / name) for name in files.files_of(writing)[_rank() :: _world_size()]}
-    return {name: sums for shares in from_all_ranks(share) for name, sums in sorted(shares.items())}
+    return {name: sums for shares in from_all_ranks(share, group) for name, sums in sorted(shares.items())}
 
 
-def _info(trainable: Trainable, state: TrainState, digests: dict[str, dict[str, Any]]) -> CheckpointInfo:
+def describe(trainable: Trainable, state: TrainState) -> CheckpointInfo:
+    """What a checkpoint says of itself, but for its files."""
     return CheckpointInfo(
         format=FORMAT,
         state=state,
@@ -238,7 +262,7 @@ def _info(trainable: Trainable, state: TrainState, digests: dict[str, dict[str, 
         world_size=_world_size(),
         plan=trainable.plan,
         versions=installed_versions(),
-        files=digests,
+        files={},
     )
 
 

@@ -39,9 +39,17 @@ from torch.distributed.checkpoint.metadata import (
     TensorProperties,
     TensorStorageMetadata,
 )
-from torch.distributed.checkpoint.planner import SavePlan, TensorWriteData, WriteItem, WriteItemType
+from torch.distributed.checkpoint.planner import (
+    SavePlan,
+    SavePlanner,
+    TensorWriteData,
+    WriteItem,
+    WriteItemType,
+)
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
 
 from ssd_torchrec.distributed.state import Value
 from ssd_torchrec.distributed.tables import global_shape
@@ -129,16 +137,35 @@ def read_metadata(path: Path, files: Iterable[str]) -> Metadata:
     return metadata
 
 
-def write_tensors(path: Path, values: Mapping[str, Value]) -> None:
+class _Writer(FileSystemWriter):
+    """Raises the disk's errors as they are: PyTorch closes its archive first, and that error hides them."""
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
+        try:
+            return super().write_data(plan, planner)
+        except Exception as error:
+            cause: BaseException | None = error
+            while cause is not None and not isinstance(cause, OSError):
+                cause = cause.__cause__ or cause.__context__
+            raise cause or error from None
+
+
+def write_tensors(path: Path, values: Mapping[str, Value], group: dist.ProcessGroup | None = None) -> None:
     """Write whole or sharded tensors into an existing folder, each rank its part. Collective; raises on every rank.
+
+    Args:
+        group: of all ranks; None for the default one.
 
     Raises:
         CheckpointError: a rank could not write.
     """
     try:
-        save(dict(values), storage_writer=FileSystemWriter(path), no_dist=not dist.is_initialized())
+        save(dict(values), storage_writer=_Writer(path), process_group=group, no_dist=not dist.is_initialized())
     except CheckpointException as error:
-        raise CheckpointError(_first_failure(error)) from error
+        raise CheckpointError(
+            f"{path.parent} must be writable, with room for another checkpoint, but {_first_failure(error)}; make room "
+            "there, or give another place"
+        ) from error
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,7 +208,7 @@ def write_pieces(path: Path, ranks: Sequence[Sequence[Piece]], read: Callable[[P
     plans, metadata = create_default_global_save_plan([SavePlan([*map(_write_item, pieces)]) for pieces in ranks])
     metadata.planner_data = names
     planner = _PiecePlanner(lambda name, first_row: read(by_place[name, first_row]))
-    writer = FileSystemWriter(path)
+    writer = _Writer(path)
     writer.set_up_storage_writer(True)
     written = [writer.write_data(plan, planner).wait() for plan in writer.prepare_global_plan(plans)]
     writer.finish(metadata, written)

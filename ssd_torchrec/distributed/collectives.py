@@ -20,12 +20,12 @@ def sum_over_ranks(values: Tensor, world: World) -> Tensor:
     return values.cpu()
 
 
-def word_of_rank_0(value: T) -> T:
+def word_of_rank_0(value: T, group: dist.ProcessGroup | None = None) -> T:
     """What rank 0 passed, on every rank; `value` must pickle."""
     if not dist.is_initialized():
         return value
     words: list[T] = [value]
-    dist.broadcast_object_list(words, src=0)
+    dist.broadcast_object_list(words, src=0, group=group)
     return words[0]
 
 

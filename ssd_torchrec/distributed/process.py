@@ -174,17 +174,17 @@ def agree_finite(loss: Tensor) -> None:
         )
 
 
-def from_all_ranks(value: T) -> list[T]:
+def from_all_ranks(value: T, group: dist.ProcessGroup | None = None) -> list[T]:
     """What every rank passed, in order of rank, on every rank; `value` must pickle. Collective."""
     if not dist.is_initialized():
         return [value]
     values: list[T] = [value] * dist.get_world_size()
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=group)
     return values
 
 
 @contextmanager
-def all_or_none(what: str, kind: type[SSDTorchRecError]) -> Iterator[None]:
+def all_or_none(what: str, kind: type[SSDTorchRecError], group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """If the block fails on one rank, raise on every rank, so that none waits for it. Collective at its end.
 
     The block must not hold collectives. A rank whose own error is of class `kind` raises that error.
@@ -192,6 +192,7 @@ def all_or_none(what: str, kind: type[SSDTorchRecError]) -> Iterator[None]:
     Args:
         what: the action, as the subject of the message.
         kind: what the other ranks raise.
+        group: of all ranks; None for the default one.
     """
     error: Exception | None = None
     try:
@@ -199,7 +200,7 @@ def all_or_none(what: str, kind: type[SSDTorchRecError]) -> Iterator[None]:
     except Exception as caught:
         error = caught
     told = str(error) if isinstance(error, kind) else f"{type(error).__name__}: {error}"
-    messages = from_all_ranks(told if error is not None else None)
+    messages = from_all_ranks(told if error is not None else None, group)
     if isinstance(error, kind):
         raise error
     failed = [(rank, message) for rank, message in enumerate(messages) if message is not None]

@@ -85,6 +85,9 @@ class TrainingConfig:
     keep_checkpoints: int = 2
     """Newest checkpoints to keep; the best one is kept besides."""
 
+    async_save: bool = False
+    """Train on while a checkpoint is written, from a copy of the weights and optimizer state in the host's memory."""
+
     resume: str = "auto"
     """auto: go on from this run's newest checkpoint if there is one; none: refuse to touch a run that is there; else a
     checkpoint, or a run, to start from."""

@@ -7,6 +7,7 @@ from typing import Any
 
 from ssd_torchrec.data.split import Stage
 from ssd_torchrec.data.statistics import log_gap_statistics, unknown_targets
+from ssd_torchrec.distributed.async_save import AsyncSaver
 from ssd_torchrec.distributed.checkpoint import (
     BEST,
     TrainState,
@@ -27,7 +28,7 @@ from ssd_torchrec.distributed.vocab_parallel import CatalogueShard
 from ssd_torchrec.encoders.bi_tim4rec import BiTiM4RecConfig
 from ssd_torchrec.encoders.registry import name_of
 from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
-from ssd_torchrec.errors import CheckpointError, ConfigError, DivergedError
+from ssd_torchrec.errors import CheckpointError, ConfigError, DivergedError, Interrupted
 from ssd_torchrec.models.next_item import ITEM_WEIGHT, NextItemModel
 from ssd_torchrec.training.build import build
 from ssd_torchrec.training.config import EvaluationConfig, RunConfig, TrainingConfig
@@ -88,6 +89,7 @@ class Run:
         self.trainable = build(config, data.histories.meta, world)
         self.training = data.training(config, world)
         self.total_steps = sum(self.training.count(epoch) for epoch in range(config.training.epochs))
+        self.saver = AsyncSaver() if config.training.async_save else None
 
     def train(self, description: str) -> dict[str, Any]:
         """Train to the end, go back to the best weights and evaluate them; what result.json says of this one model."""
@@ -107,8 +109,13 @@ class Run:
             try:
                 position = loop.run(position)
             except DivergedError as error:
+                self._wait()
                 good = latest_checkpoint(self.checkpoints)
                 raise DivergedError(f"{error}; last good checkpoint: {good or 'none yet'}") from error
+            except Interrupted:
+                self._wait()
+                raise
+            self._wait()
         load_weights(self.checkpoints / BEST, self.trainable, vocabulary=self._vocabulary)
         return self._result(position, loop)
 
@@ -159,24 +166,30 @@ class Run:
         return position
 
     def _steps(self) -> Steps:
-        def save(position: Position, best: bool) -> None:
+        def save_at(position: Position, best: bool) -> None:
             state = TrainState(
                 step=position.step,
                 vocabulary=self._vocabulary,
                 position=asdict(position),
                 config=as_json(self.config),
             )
+            save = self.saver.save if self.saver else save_checkpoint
             keep = self.config.training.keep_checkpoints
-            save_checkpoint(self.checkpoints, self.trainable, state, keep=keep, best=best)
+            save(self.checkpoints, self.trainable, state, keep=keep, best=best)
 
         return Steps(
             pipeline=lambda: pipelined(self.trainable, self.world.device),
             batches=partial(self.training.epoch, with_candidates=not self._in_place),
             set_rate=partial(set_learning_rate, self.trainable.optimizer),
             validate=lambda: self._assess("valid")[0],
-            save=save,
+            save=save_at,
             reduce_sum=partial(sum_over_ranks, world=self.world),
         )
+
+    def _wait(self) -> None:
+        """Until what is being saved is there."""
+        if self.saver:
+            self.saver.wait()
 
     @property
     def _in_place(self) -> bool:

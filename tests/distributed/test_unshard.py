@@ -23,7 +23,7 @@ from ssd_torchrec.distributed.unshard import KEY, read_unsharded, unshard
 from ssd_torchrec.distributed.whole_file import Entry, WholeFile
 from ssd_torchrec.errors import CheckpointError, ConfigError
 from tests.distributed.example import train, trainable, whole_weights
-from tests.distributed.test_checkpoint import AFTER, BEFORE, DENSE, SPLITS, STATE, WHOLE, flip
+from tests.distributed.test_checkpoint import AFTER, BEFORE, DENSE, SPLITS, STATE, WHOLE, flip, no_space
 from tests.distributed.world import spawn
 
 ITEM = "items.embeddings.item.weight"
@@ -324,7 +324,7 @@ def test_what_is_there_is_not_overwritten(saved, whole, tmp_path):
 def test_a_file_is_replaced_whole_or_not_at_all(saved, whole, tmp_path, monkeypatch):
     whole.write_text("old")
     with monkeypatch.context() as patch:
-        patch.setattr(unshard_module, "gather", full_disk)
+        patch.setattr(unshard_module, "gather", no_space)
         with pytest.raises(CheckpointError, match=r"with room for all .* No space left on device; make room"):
             unshard(saved, whole, replace=True)
     assert whole.read_text() == "old"
@@ -333,12 +333,8 @@ def test_a_file_is_replaced_whole_or_not_at_all(saved, whole, tmp_path, monkeypa
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run", "whole.safetensors"]
 
 
-def full_disk(*_: Any) -> None:
-    raise OSError(28, "No space left on device")
-
-
 def test_a_full_disk_leaves_no_checkpoint(saved, tmp_path, monkeypatch):
-    monkeypatch.setattr(checkpoint_files.FileSystemWriter, "write_data", full_disk)
+    monkeypatch.setattr(checkpoint_files.FileSystemWriter, "write_data", no_space)
     with pytest.raises(CheckpointError, match=r"new must be writable, .* No space left on device"):
         reshard(saved, tmp_path / "new", ranks=2)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

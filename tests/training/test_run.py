@@ -167,7 +167,22 @@ def test_a_checkpoint_of_another_vocabulary_is_refused(finished, tmp_path):
         evaluate_checkpoint(folder, str(tmp_path / "foreign"), EvaluationConfig(), World())
 
 
-def test_a_run_that_diverges_names_its_last_good_checkpoint(config):
+def test_saving_in_the_background_changes_nothing_of_a_run(config):
+    often = replace(config, training=replace(config.training, checkpoint_every=1))
+    runs = {"at-once": often, "meanwhile": replace(often, training=replace(often.training, async_save=True))}
+    results, saved = {}, {}
+    for name, run in runs.items():
+        results[name] = train(replace(run, name=name), World())
+        folder = Path(config.output) / name / "checkpoints"
+        saved[name] = sorted(path.name for path in folder.iterdir()), (folder / "best").readlink()
+    for stage in ("valid", "test"):
+        assert results["at-once"][stage] == results["meanwhile"][stage]
+    assert saved["at-once"] == saved["meanwhile"]
+
+
+@pytest.mark.parametrize("async_save", [False, True], ids=["at-once", "in-background"])
+def test_a_run_that_diverges_names_its_last_good_checkpoint(async_save, config):
+    config = replace(config, training=replace(config.training, async_save=async_save))
     train(config, World())
     wild = replace(
         config,
