@@ -91,3 +91,24 @@ def test_a_lost_worker_costs_a_restart_from_the_last_checkpoint(data, tmp_path):
     assert "going on from" in finish(job)
     for figures in ("valid", "test", "best_epoch"):
         assert result(tmp_path / "harmed")[figures] == result(tmp_path / "unharmed")[figures]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("worlds", [(2, 1), (1, 2)], ids=["2-to-1", "1-to-2"])
+def test_a_run_resumed_at_another_world_size_goes_on_with_the_same_batches(worlds, data, tmp_path):
+    alike = {"--encoder.dropout": "0", "--encoder.time-dropout": "0", "--sharding.optimizer": "adagrad"}
+    options = [*OPTIONS, *(word for option in alike.items() for word in option)]
+    finish(start(1, data, tmp_path, "unharmed", options))
+    stopped = start(worlds[0], data, tmp_path, "harmed", options)
+    wait_for_step(tmp_path / "harmed", STEPS_AN_EPOCH + 2, stopped)  # in the middle of an epoch
+    stopped.send_signal(signal.SIGTERM)
+    stopped.communicate(timeout=120)
+    assert not (tmp_path / "harmed" / "result.json").exists()
+    assert "going on from" in finish(start(worlds[1], data, tmp_path, "harmed", options))
+    assert result(tmp_path / "harmed")["world_size"] == worlds[1]
+    one, other = (
+        [(line["step"], line["epoch"], line["loss_nats"]) for line in logged(tmp_path / name) if line["kind"] == "step"]
+        for name in ("unharmed", "harmed")
+    )
+    assert [line[:2] for line in one] == [line[:2] for line in other]
+    assert [line[2] for line in one] == pytest.approx([line[2] for line in other], abs=1e-5)
