@@ -22,7 +22,16 @@ from torchrec.distributed.planner.types import PlannerError, Shard
 
 from ssd_torchrec.data.objective import ObjectiveConfig
 from ssd_torchrec.distributed.optimizers import DenseOptimizerConfig, fuse_into_backward, is_matrix
-from ssd_torchrec.distributed.plan import RESERVED_MEMORY, ShardingConfig, Workload, plan_offline, resolve
+from ssd_torchrec.distributed.plan import (
+    BY_COLUMNS,
+    OF_MACHINES,
+    RESERVED_MEMORY,
+    Ranks,
+    ShardingConfig,
+    Workload,
+    plan_offline,
+    resolve,
+)
 from ssd_torchrec.distributed.rank_storage import RankStorage, TablePlacement, TableShard, cut, placement, shard_bytes
 from ssd_torchrec.distributed.scoring import num_candidates, scores_in_place
 from ssd_torchrec.distributed.tables import TableConfig, tables_of
@@ -234,7 +243,11 @@ class _Need:
     dense_bytes: int
 
     def resolved(self, ranks: int) -> ShardingConfig:
-        return resolve(self.request.sharding, self.tables, ranks, CUDA)
+        return resolve(self.request.sharding, self.tables, ranks, CUDA, self.of_machine(ranks))
+
+    def of_machine(self, ranks: int) -> int:
+        """Ranks that share a machine."""
+        return min(ranks, self.request.ranks_per_machine)
 
     def fits_on(self, ranks: int) -> bool:
         try:
@@ -279,7 +292,7 @@ class _Need:
         placements, held = [], [0] * ranks
         for table in sorted(self.tables.values(), key=lambda table: -table.num_embeddings):
             split = config.by_table.get(table.name, "none")
-            shards = cut(table, split, ranks, held.index(min(held)))
+            shards = cut(table, split, Ranks(ranks, self.of_machine(ranks), CUDA), held.index(min(held)))
             for shard in shards:
                 held[shard.rank] += shard.num_rows * shard.num_columns
             placements.append(placement(table, split, shards))
@@ -396,18 +409,27 @@ def _host_limit(request: CapacityRequest, ranks: int) -> float | None:
 
 def _fewest(need: _Need) -> int | None:
     """Doubles the ranks until they suffice, then halves the gap: right as far as more ranks never need more."""
-    if need.request.sharding.sharding == "column_wise":  # few numbers of ranks divide the width
-        return next((ranks for ranks in range(1, need.request.encoder.width // 4 + 1) if need.fits_on(ranks)), None)
+    sharding, machine = need.request.sharding, need.request.ranks_per_machine
+    splits = {sharding.sharding, *sharding.by_table.values()}
+    if not splits.isdisjoint(BY_COLUMNS):  # few numbers of ranks divide the width
+        most = need.request.encoder.width // 4 * (machine if "grid_shard" in splits else 1)
+        return next((ranks for ranks in range(1, most + 1) if need.fits_on(ranks)), None)
+    unit = 1
+    if not splits.isdisjoint(OF_MACHINES):  # whole machines, or a part of one
+        part = next((ranks for ranks in range(1, machine + 1) if need.fits_on(ranks)), None)
+        if part is not None:
+            return part
+        unit = machine
     enough = 1
-    while not need.fits_on(enough):
+    while not need.fits_on(enough * unit):
         enough *= 2
-        if enough > MOST_RANKS:
+        if enough * unit > MOST_RANKS:
             return None
     short = enough // 2
     while enough - short > 1:
         middle = (short + enough) // 2
-        short, enough = (short, middle) if need.fits_on(middle) else (middle, enough)
-    return enough
+        short, enough = (short, middle) if need.fits_on(middle * unit) else (middle, enough)
+    return enough * unit
 
 
 def _alternatives(need: _Need, config: ShardingConfig) -> Iterator[str]:
@@ -423,7 +445,7 @@ def _alternatives(need: _Need, config: ShardingConfig) -> Iterator[str]:
     if config.split and config.compute_kernel == "fused":
         kernels = ("fused_uvm_caching", "fused_uvm")
         changes |= {kernel: {"sharding": replace(sharding, compute_kernel=kernel)} for kernel in kernels}
-    if config.optimizer in ("adam", "adagrad") and "column_wise" not in config.by_table.values():
+    if config.optimizer in ("adam", "adagrad") and {*config.by_table.values()}.isdisjoint(BY_COLUMNS):
         changes["rowwise_adagrad"] = {"sharding": replace(sharding, optimizer="rowwise_adagrad", learning_rate=None)}
     alone = bool(sampled) and _fits(need, sampled)
     if alone:

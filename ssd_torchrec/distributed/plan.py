@@ -4,6 +4,11 @@
     table_wise    one rank holds the table                small tables beside a large one
     column_wise   every rank holds a range of columns     width a multiple of 4 x ranks
 
+Of pooled tables alone, for whom ranks that share a machine add up first what they then send to other machines:
+
+    table_row_wise   the ranks of one machine hold a range of rows each
+    grid_shard       every machine holds a range of columns, its ranks a range of rows of it; CUDA alone
+
 What TorchRec 1.6 to 1.8 accepts but computes wrongly is refused here, each with its reason.
 """
 
@@ -29,6 +34,10 @@ from ssd_torchrec.distributed.process import World
 from ssd_torchrec.distributed.tables import TableConfig, tables_of
 from ssd_torchrec.errors import ConfigError
 
+BagSplit = Literal["row_wise", "table_wise", "column_wise", "table_row_wise", "grid_shard"]
+OF_MACHINES = ("table_row_wise", "grid_shard")
+BY_COLUMNS = ("column_wise", "grid_shard")
+
 LEARNING_RATE = {"sgd": 0.1, "adagrad": 0.05, "rowwise_adagrad": 0.05, "adam": 1e-3}
 RESERVED_MEMORY = 0.15  # of each device, for what the planner does not count: encoder, activations, loss
 
@@ -52,9 +61,10 @@ class ShardingConfig:
     rows. On CPU, row_wise leaves pooled tables table_wise unless `by_table` names them. data_parallel is refused:
     TorchRec computes it wrongly for event tables on CPU."""
 
-    by_table: dict[str, Literal["row_wise", "table_wise", "column_wise"]] = field(default_factory=dict)
-    """Tables that are split differently, by table name. A pooled table that is row_wise on CPU needs ranks that bring
-    equally many rows to every batch: gloo cannot gather its gradient from unequal ones."""
+    by_table: dict[str, BagSplit] = field(default_factory=dict)
+    """Tables that are split differently, by table name; table_row_wise and grid_shard are for pooled ones. A pooled
+    table that is row_wise or table_row_wise on CPU needs ranks that bring equally many rows to every batch: gloo cannot
+    gather its gradient from unequal ones. grid_shard is refused on CPU, where TorchRec computes it wrongly."""
 
     optimizer: Literal["auto", "sgd", "adagrad", "rowwise_adagrad", "adam"] = "auto"
     """What updates the tables. auto: adam (as in the papers) for whole tables and on CUDA; on CPU, where FBGEMM has no
@@ -80,10 +90,11 @@ class ShardingConfig:
             raise ConfigError(
                 f"by_table splits tables, which sharding none keeps whole, got {self.by_table}; drop one of the two"
             )
-        if self.optimizer == "rowwise_adagrad" and "column_wise" in (self.sharding, *self.by_table.values()):
+        if self.optimizer == "rowwise_adagrad" and {self.sharding, *self.by_table.values()}.intersection(BY_COLUMNS):
             raise ConfigError(
-                "column_wise tables must not be updated by rowwise_adagrad: each column range would keep a statistic "
-                "of its own, which computes something else and cannot be resharded; take adagrad, or split row_wise"
+                "tables that are split by columns must not be updated by rowwise_adagrad: each column range would keep "
+                "a statistic of its own, which computes something else and cannot be resharded; take adagrad, or split "
+                "row_wise"
             )
         if self.learning_rate is not None and not self.learning_rate > 0:
             raise ConfigError(f"the tables' learning_rate must be above 0, got {self.learning_rate}")
@@ -108,9 +119,16 @@ class Workload:
 
 
 def resolve(
-    config: ShardingConfig, tables: Mapping[str, TableConfig], world_size: int, device: torch.device
+    config: ShardingConfig,
+    tables: Mapping[str, TableConfig],
+    world_size: int,
+    device: torch.device,
+    local_size: int | None = None,
 ) -> ShardingConfig:
     """Replace every "auto" and None by what it means here, and name the split of every table in `by_table`.
+
+    Args:
+        local_size: ranks that share a machine; None for all.
 
     Raises:
         ConfigError: the split does not fit the number of ranks, or the optimizer not the split or the device.
@@ -128,8 +146,12 @@ def resolve(
         raise ConfigError(
             f"by_table must name tables of the model ({', '.join(sorted(names))}), got {', '.join(unknown)}"
         )
-    by_table = {} if sharding == "none" else {t.name: _split_of(t, config, world_size, device) for t in tables.values()}
-    optimizer = _optimizer(config, sharding, "column_wise" in by_table.values(), device)
+    by_table = {}
+    if sharding != "none":
+        ranks = Ranks(world_size, local_size or world_size, device)
+        by_table = {table.name: _split_of(table, config, ranks) for table in tables.values()}
+    by_column = not {*by_table.values()}.isdisjoint(BY_COLUMNS)
+    optimizer = _optimizer(config, sharding, by_column, device)
     resolved = replace(
         config,
         sharding=sharding,
@@ -164,26 +186,61 @@ def _check_device(config: ShardingConfig, device: torch.device) -> None:
         )
 
 
-def _split_of(table: TableConfig, config: ShardingConfig, world_size: int, device: torch.device) -> str:
+@dataclass(frozen=True)
+class Ranks:
+    """On what tables are split."""
+
+    count: int
+    of_machine: int
+    device: torch.device
+
+    def row_holders(self, split: str) -> int:
+        """Ranks that the rows of a table, or of a range of its columns, are cut over."""
+        return {"row_wise": self.count, "table_row_wise": self.of_machine, "grid_shard": self.of_machine}.get(split, 1)
+
+    def column_ranges(self, split: str) -> int:
+        """Ranges that the columns of a table are cut into."""
+        return {"column_wise": self.count, "grid_shard": self.count // self.of_machine}.get(split, 1)
+
+
+def _split_of(table: TableConfig, config: ShardingConfig, ranks: Ranks) -> str:
     split = config.by_table.get(table.name)
     if split is None:
         split = config.sharding
         if split == "auto":
-            split = "row_wise" if _rows_suffice(table.num_embeddings, world_size) else "table_wise"
-        if split == "row_wise" and isinstance(table, EmbeddingBagConfig) and device.type == "cpu":
+            split = "row_wise" if _rows_suffice(table.num_embeddings, ranks.count) else "table_wise"
+        if split == "row_wise" and isinstance(table, EmbeddingBagConfig) and ranks.device.type == "cpu":
             split = "table_wise"
-    if split == "row_wise" and not _rows_suffice(table.num_embeddings, world_size):
+    if split in OF_MACHINES:
+        _check_machines(table, split, ranks)
+    holders, ranges = ranks.row_holders(split), ranks.column_ranges(split)
+    if not _rows_suffice(table.num_embeddings, holders):
         raise ConfigError(
-            f"row_wise must leave every rank a row, got table {table.name} with {table.num_embeddings} rows for "
-            f"{world_size} ranks; set by_table to table_wise for {table.name}, or start fewer processes"
+            f"{split} must leave every rank a row, got table {table.name} with {table.num_embeddings} rows for "
+            f"{holders} ranks; set by_table to table_wise for {table.name}, or start fewer processes"
         )
-    if split == "column_wise" and table.embedding_dim % (4 * world_size):
+    if table.embedding_dim % (4 * ranges):
         raise ConfigError(
-            f"column_wise must cut the width into a multiple of 4 per rank, got table {table.name} of width "
-            f"{table.embedding_dim} for {world_size} ranks; take row_wise, or a number of ranks whose fourfold divides "
-            "the width"
+            f"{split} must cut the width into multiples of 4, got table {table.name} of width {table.embedding_dim} "
+            f"for {ranges} parts; take row_wise, or a number of ranks whose fourfold divides the width"
         )
     return split
+
+
+def _check_machines(table: TableConfig, split: str, ranks: Ranks) -> None:
+    if not isinstance(table, EmbeddingBagConfig):
+        raise ConfigError(
+            f"{split} is for pooled tables, got {table.name}, whose events TorchRec cannot look up so; take row_wise"
+        )
+    if split == "grid_shard" and ranks.device.type == "cpu":
+        raise ConfigError(
+            f"grid_shard is computed wrongly by TorchRec on CPU, got it for {table.name}; take table_row_wise"
+        )
+    if ranks.count % ranks.of_machine:
+        raise ConfigError(
+            f"{split} needs machines of equally many ranks, got {ranks.count} ranks, {ranks.of_machine} a machine, for "
+            f"{table.name}; start as many on each, or take row_wise"
+        )
 
 
 def _rows_suffice(rows: int, world_size: int) -> bool:
@@ -193,11 +250,12 @@ def _rows_suffice(rows: int, world_size: int) -> bool:
 
 
 class RowWiseBagSharder(EmbeddingBagCollectionSharder):
-    """Offers row_wise on CPU too: TorchRec left it out when gloo had no reduce-scatter, which it has by now."""
+    """Splits rows on CPU too: TorchRec left that out when gloo had no reduce-scatter, which it has by now."""
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         types = super().sharding_types(compute_device_type)
-        return types if ShardingType.ROW_WISE.value in types else [*types, ShardingType.ROW_WISE.value]
+        by_rows = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
+        return [*types, *(split for split in by_rows if split not in types)]
 
 
 def sharders() -> list[ModuleSharder[nn.Module]]:
@@ -247,7 +305,7 @@ def _planner_on(
         topology=topology,
         batch_size=workload.rows_per_rank,
         storage_reservation=FixedPercentageStorageReservation(RESERVED_MEMORY),
-        constraints={table.name: _constraints(table, config, workload, topology.world_size) for table in tables},
+        constraints={table.name: _constraints(table, config, workload, topology) for table in tables},
         stats=stats,
         debug=False,
     )
@@ -313,14 +371,15 @@ def _without_topology_warning() -> Iterator[None]:
 
 
 def _constraints(
-    table: TableConfig, config: ShardingConfig, workload: Workload, world_size: int
+    table: TableConfig, config: ShardingConfig, workload: Workload, topology: Topology
 ) -> ParameterConstraints:
     split = config.by_table[table.name]
+    ranks = Ranks(topology.world_size, topology.local_world_size, torch.device(topology.compute_device))
     return ParameterConstraints(
         sharding_types=[split],
         compute_kernels=[config.compute_kernel],
         pooling_factors=[workload.ids_per_row.get(feature, 1.0) for feature in table.feature_names],
-        min_partition=table.embedding_dim // world_size if split == "column_wise" else None,
+        min_partition=table.embedding_dim // ranks.column_ranges(split) if split in BY_COLUMNS else None,
     )
 
 

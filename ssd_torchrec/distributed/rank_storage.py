@@ -15,7 +15,7 @@ from math import ceil
 from torchrec import EmbeddingBagConfig
 from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
 
-from ssd_torchrec.distributed.plan import ShardingConfig, Workload
+from ssd_torchrec.distributed.plan import Ranks, ShardingConfig, Workload
 from ssd_torchrec.distributed.tables import TableConfig
 from ssd_torchrec.models.next_item import ITEM_TABLE
 
@@ -45,7 +45,7 @@ class TablePlacement:
     width: int
 
     sharding: str
-    """row_wise, table_wise, column_wise, or none for a whole table in one process."""
+    """As `ShardingConfig` calls it, or none for a whole table in one process."""
 
     pooled: bool
     """Whether lookups are pooled to one vector a row of the batch."""
@@ -86,28 +86,22 @@ class RankStorage:
         return self.tables_bytes + self.activations_bytes + self.dense_bytes + self.loss_bytes
 
 
-def cut(table: TableConfig, split: str, ranks: int, holder: int) -> list[TableShard]:
-    """A table's parts as TorchRec cuts it; `holder` has it whole where it is not cut."""
-    rows, width = table.num_embeddings, table.embedding_dim
-    if split == "row_wise":
-        step = -(-rows // ranks)
-        return [
-            TableShard(
-                rank=rank,
-                first_row=rank * step,
-                num_rows=min(step, rows - rank * step),
-                first_column=0,
-                num_columns=width,
-            )
-            for rank in range(ranks)
-        ]
-    if split == "column_wise":
-        step = width // ranks
-        return [
-            TableShard(rank=rank, first_row=0, num_rows=rows, first_column=rank * step, num_columns=step)
-            for rank in range(ranks)
-        ]
-    return [TableShard(rank=holder, first_row=0, num_rows=rows, first_column=0, num_columns=width)]
+def cut(table: TableConfig, split: str, ranks: Ranks, holder: int) -> list[TableShard]:
+    """A table's parts as TorchRec cuts it; `holder`, or its machine, has it whole where it does not go to all."""
+    first_rank = {"table_wise": holder, "table_row_wise": holder - holder % ranks.of_machine}.get(split, 0)
+    rows, columns = table.num_embeddings, table.embedding_dim // ranks.column_ranges(split)
+    step = -(-rows // ranks.row_holders(split))
+    return [
+        TableShard(
+            rank=first_rank + column_range * ranks.row_holders(split) + part,
+            first_row=part * step,
+            num_rows=min(step, rows - part * step),
+            first_column=column_range * columns,
+            num_columns=columns,
+        )
+        for column_range in range(ranks.column_ranges(split))
+        for part in range(ranks.row_holders(split))
+    ]
 
 
 def placement(table: TableConfig, split: str, shards: list[TableShard]) -> TablePlacement:
@@ -144,12 +138,12 @@ def shard_bytes(
 
 
 def _lookups_bytes(table: TablePlacement, shard: TableShard, workload: Workload, ranks: int) -> int:
-    """A table by rows looks up its share for all ranks, as much as one rank brings; other ones, what all bring."""
+    """What all ranks bring is looked up, of a table by rows a share of it by each that holds some."""
     features = ("item", "candidate") if table.name == ITEM_TABLE else (table.name,)
     ids_per_row = [workload.ids_per_row.get(feature, 1.0) for feature in features]
     ids = workload.rows_per_rank * sum(ids_per_row)
     vectors = workload.rows_per_rank * sum(min(1.0, n) for n in ids_per_row) if table.pooled else ids
-    by_rows = table.sharding == "row_wise"
-    incoming = ids * (1 if by_rows else ranks)
-    outgoing = vectors * (1 if by_rows and not table.pooled else ranks)
+    row_parts = len({shard.first_row for shard in table.shards})
+    incoming = ids * ranks / row_parts
+    outgoing = vectors * (1 if table.sharding == "row_wise" and not table.pooled else ranks)
     return ceil(8 * incoming) + ceil(4 * outgoing * shard.num_columns)

@@ -87,7 +87,7 @@ def shard(
         ConfigError: the split does not fit the ranks, their memory or the optimizer; see `ShardingConfig`.
     """
     tables = tables_of(model)
-    resolved = resolve(sharding, tables, world.size, world.device)
+    resolved = resolve(sharding, tables, world.size, world.device, world.local_size)
     if not resolved.split:
         return unsharded(model, resolved, dense, world.device, seed=seed)
     if not dist.is_initialized():

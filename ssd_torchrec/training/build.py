@@ -43,7 +43,7 @@ def build(config: RunConfig, meta: DatasetMeta, world: World) -> Trainable:
         table_device="meta",  # `shard` allocates and fills them; real ones would draw from the generator meanwhile
         autocast_dtype=AUTOCAST[config.training.precision],
     )
-    resolved = resolve(config.sharding, tables_of(model), world.size, world.device)
+    resolved = resolve(config.sharding, tables_of(model), world.size, world.device, world.local_size)
     in_place = scores_in_place(config.objective, resolved, meta.num_items)
     workload = _workload(config, meta, world, in_place)
     trainable = shard(model, resolved, config.dense, world, seed=config.training.seed, workload=workload)

@@ -73,12 +73,37 @@ KINDS = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("context", [{}, {"segment": 3, "city": 5_000}], ids=["items-alone", "with-context"])
-def test_bytes_and_ms_of_tables_are_those_of_torchrec(kind, context, monkeypatch):
+OF_MACHINES = {  # of the table city
+    "table-rows": dict(by_table={"city": "table_row_wise"}),
+    "grid": dict(by_table={"city": "grid_shard"}),
+}
+
+
+@pytest.mark.parametrize("kind", OF_MACHINES)
+def test_bags_over_machines_take_what_torchrec_says(kind, monkeypatch):
+    request = replace(SMALL, ranks=8, ranks_per_machine=4, context={"segment": 30, "city": 50_000})
+    assert_as_torchrec_says(under(request, **OF_MACHINES[kind]), monkeypatch)
+    answer = plan_capacity(under(request, **OF_MACHINES[kind]))
+    city = next(table for table in answer.tables if table.name == "city")
+    assert {(s.rank, s.first_row, s.first_column) for s in city.shards} == {
+        "table-rows": {(part, part * 12_500, 0) for part in range(4)},
+        "grid": {(4 * half + part, part * 12_500, 32 * half) for half in range(2) for part in range(4)},
+    }[kind]
+
+
+def test_machines_are_asked_for_whole():
+    city = {"city": 80_000_000}  # x 64 x 12 bytes: 57.2 GiB on the ranks of one machine
+    request = replace(SMALL, context=city, ranks=8, ranks_per_machine=4, memory_gib=20)
+    rows, grid = ({"city": split} for split in ("table_row_wise", "grid_shard"))
+    assert plan_capacity(under(request, by_table=rows)).fewest_ranks == 4
+    assert plan_capacity(under(replace(request, memory_gib=10), by_table=rows)).fewest_ranks is None
+    assert plan_capacity(under(replace(request, memory_gib=10), by_table=grid)).fewest_ranks == 8
+
+
+def assert_as_torchrec_says(request: CapacityRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
     monkeypatch.setattr(module, "plan_offline", lambda *a, **k: plans.append(plan_offline(*a, **k)) or plans[-1])
-    answer = plan_capacity(under(replace(SMALL, context=context, objective=SAMPLED), **KINDS[kind]))
+    answer = plan_capacity(request)
     shards = [shard for option in plans[-1] for shard in option.shards]
     for rank in answer.per_rank:
         mine = [shard for shard in shards if shard.rank == rank.rank]
@@ -86,6 +111,13 @@ def test_bytes_and_ms_of_tables_are_those_of_torchrec(kind, context, monkeypatch
         assert rank.host_bytes == pytest.approx(sum(shard.storage.ddr for shard in mine), rel=1e-3, abs=8)
         assert (rank.step_ms or 0.0) == pytest.approx(sum(shard.perf.total for shard in mine))
     assert answer.step_ms == max(rank.step_ms for rank in answer.per_rank if rank.step_ms is not None) > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("context", [{}, {"segment": 3, "city": 5_000}], ids=["items-alone", "with-context"])
+def test_bytes_and_ms_of_tables_are_those_of_torchrec(kind, context, monkeypatch):
+    request = replace(SMALL, context=context, objective=SAMPLED)
+    assert_as_torchrec_says(under(request, **KINDS[kind]), monkeypatch)
 
 
 def test_the_search_counts_what_the_plan_counts():

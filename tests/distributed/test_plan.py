@@ -66,6 +66,7 @@ REFUSED = {
     "columns-and-rowwise": (dict(sharding="column_wise", optimizer="rowwise_adagrad"), "cannot be resharded"),
     "column-and-rowwise": (dict(by_table={"item": "column_wise"}, optimizer="rowwise_adagrad"), "cannot be resharded"),
     "whole-and-by-table": (dict(sharding="none", by_table={"item": "row_wise"}), "drop one of the two"),
+    "grid-and-rowwise": (dict(by_table={"item": "grid_shard"}, optimizer="rowwise_adagrad"), "cannot be resharded"),
     "no-learning-rate": (dict(learning_rate=0.0), "learning_rate must be above 0, got 0.0"),
     "no-eps": (dict(eps=0.0), "eps must be above 0"),
 }
@@ -85,8 +86,11 @@ UNFIT = {
     "unknown-table": (dict(by_table={"user": "row_wise"}), 2, "tables of the model \\(item, segment\\), got user"),
     "too-few-rows": (dict(by_table={"segment": "row_wise"}), 4, "table segment with 5 rows for 4 ranks"),
     "more-ranks-than-rows": (dict(sharding="row_wise"), 101, "table item with 100 rows for 101 ranks"),
-    "odd-columns": (dict(sharding="column_wise"), 3, "table item of width 16 for 3 ranks"),
-    "narrow-columns": (dict(sharding="column_wise"), 8, "a multiple of 4 per rank"),
+    "odd-columns": (dict(sharding="column_wise"), 3, "table item of width 16 for 3 parts"),
+    "rows-of-a-machine-for-events": (dict(by_table={"item": "table_row_wise"}), 2, "for pooled tables, got item"),
+    "grid-on-cpu": (dict(by_table={"segment": "grid_shard"}), 2, "grid_shard is computed wrongly by TorchRec on CPU"),
+    "too-few-rows-for-a-machine": (dict(by_table={"segment": "table_row_wise"}), 4, "with 5 rows for 4 ranks"),
+    "narrow-columns": (dict(sharding="column_wise"), 8, "multiples of 4, got table item of width 16 for 8 parts"),
 }
 
 
@@ -95,3 +99,18 @@ def test_a_split_that_does_not_fit_the_ranks_is_refused(name):
     fields, world_size, message = UNFIT[name]
     with pytest.raises(ConfigError, match=message):
         resolve(replace(ShardingConfig(), **fields), TABLES, world_size, CPU)
+
+
+def test_grids_need_whole_machines_and_a_width_that_they_divide():
+    grid = ShardingConfig(sharding="row_wise", by_table={"segment": "grid_shard"})
+    assert resolve(grid, TABLES, 4, CUDA, local_size=2).by_table["segment"] == "grid_shard"
+    with pytest.raises(ConfigError, match="equally many ranks, got 3 ranks, 2 a machine, for segment"):
+        resolve(grid, TABLES, 3, CUDA, local_size=2)
+    with pytest.raises(ConfigError, match="of width 16 for 8 parts"):
+        resolve(replace(grid, sharding="table_wise"), TABLES, 16, CUDA, local_size=2)
+
+
+def test_auto_takes_no_rowwise_statistic_for_a_grid():
+    config = ShardingConfig(sharding="row_wise", by_table={"segment": "table_row_wise"})
+    assert resolve(config, TABLES, 2, CPU).optimizer == "rowwise_adagrad"
+    assert resolve(config, TABLES, 2, CPU).by_table == {"item": "row_wise", "segment": "table_row_wise"}

@@ -24,6 +24,9 @@ SPLITS = {
     "row_wise-bags-too": ShardingConfig(
         sharding="row_wise", by_table={"segment": "row_wise"}, optimizer="sgd", learning_rate=0.05
     ),
+    "table_row_wise-bags": ShardingConfig(
+        sharding="row_wise", by_table={"segment": "table_row_wise"}, optimizer="sgd", learning_rate=0.05
+    ),
     "table_wise": ShardingConfig(sharding="table_wise", optimizer="sgd", learning_rate=0.05),
     "column_wise": ShardingConfig(sharding="column_wise", optimizer="sgd", learning_rate=0.05),
     "column_wise-adagrad": ShardingConfig(sharding="column_wise", optimizer="adagrad"),
@@ -50,7 +53,7 @@ def run_all(world: World) -> dict[str, dict[str, Any]]:
 
 
 def run_splits(world: World, names: list[str]) -> dict[str, dict[str, Any]]:
-    return {name: run(world, SPLITS[name], equal_rows=name == "row_wise-bags-too") for name in names}
+    return {name: run(world, SPLITS[name], equal_rows="bags" in name) for name in names}
 
 
 @pytest.fixture(scope="module")
