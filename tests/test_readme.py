@@ -1,9 +1,12 @@
-"""What the README shows must run."""
+"""What the README and the documents show must run, and say what they say."""
 
 import re
 from pathlib import Path
 
+import pytest
 import torch
+
+from ssd_torchrec.__main__ import main
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -25,3 +28,16 @@ def test_every_folder_of_the_readme_tree_is_there():
     assert len(named) > 10
     for name in named:
         assert (ROOT / name).exists() or (ROOT / "ssd_torchrec" / name).exists(), name
+
+
+PLANS = re.findall(r"\| `(--items .*?)` \| (.*?) \|", (ROOT / "docs" / "scale.md").read_text())
+
+
+@pytest.mark.parametrize(("options", "verdict"), PLANS, ids=[options.replace("--", "") for options, _ in PLANS])
+def test_the_planner_still_says_what_docs_scale_shows(options, verdict, capsys):
+    assert main(["plan", *options.split()]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == verdict
+
+
+def test_docs_scale_shows_plans():
+    assert len(PLANS) >= 9
