@@ -1,0 +1,85 @@
+"""A plugged DLRM under torchrec's own DLRMTrain, Batch and pipelines, on one process and on two."""
+
+from typing import Any
+
+import pytest
+import torch
+from torchrec.datasets.utils import Batch
+from torchrec.distributed.train_pipeline import TrainPipelineBase, TrainPipelineSparseDist
+from torchrec.models.dlrm import DLRMTrain
+
+from ssd_torchrec.distributed.process import World
+from ssd_torchrec.distributed.shard import DenseOptimizerConfig, ShardingConfig, shard
+from ssd_torchrec.models.dlrm import plug_into_dlrm
+from tests.distributed.world import spawn
+from tests.models.clicks import CLICKS, KINDS, batch, dlrm, encoder, features, items
+
+LENGTHS = [3, 0, 7, 1, 20, 2, 5, 4]
+STEPS = 30
+EXACT = 12
+"""Steps after which roundings, which these large steps multiply, are still small."""
+PIPELINES = {"base": TrainPipelineBase, "sparse-dist": TrainPipelineSparseDist}
+SPLIT = ShardingConfig(sharding="row_wise", optimizer="adagrad", learning_rate=0.05)
+SGD = DenseOptimizerConfig(optimizer="sgd", learning_rate=0.5)
+
+
+def share(world: World, step: int) -> Batch:
+    """This rank's rows of a global batch; every rank has as many."""
+    whole = batch(LENGTHS, step)
+    mine = range(world.rank, len(LENGTHS), world.size)
+    jagged = {key: whole.sparse_features[key].to_dense() for key in whole.sparse_features.keys()}  # noqa: SIM118
+    values = [rows[n] for rows in jagged.values() for n in mine]
+    kjt = features({"clicked": [0]}).from_lengths_sync(
+        keys=list(jagged), values=torch.cat(values), lengths=torch.tensor([len(value) for value in values])
+    )
+    rows = list(mine)
+    return Batch(whole.dense_features[rows], kjt, whole.labels[rows])
+
+
+def train(world: World, kind: str, pipeline: str) -> dict[str, Any]:
+    torch.manual_seed(3)
+    model = dlrm(kind, device="meta")
+    plug_into_dlrm(model, items(device="meta"), encoder(), CLICKS)
+    trainable = shard(DLRMTrain(model), SPLIT, SGD, world, seed=0)
+    steps = PIPELINES[pipeline](trainable.model, trainable.optimizer, world.device)
+    feed, losses = iter([share(world, step % 3) for step in range(STEPS)]), []
+    while True:
+        try:
+            loss, logits, labels = steps.progress(feed)
+        except StopIteration:
+            break
+        assert logits.shape == labels.shape
+        losses.append(loss.item())
+    pipelined = {type(module).__name__ for module in getattr(steps, "_pipelined_modules", [])}
+    return {"losses": losses, "pipelined": pipelined, "plan": trainable.plan}
+
+
+def train_all(world: World) -> dict[tuple[str, str], dict[str, Any]]:
+    return {(kind, name): train(world, kind, name) for kind in KINDS for name in PIPELINES}
+
+
+@pytest.fixture(scope="module")
+def two_ranks() -> list[dict[tuple[str, str], dict[str, Any]]]:
+    return spawn(train_all, 2)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_both_pipelines_learn_the_same_on_one_process(kind, group_of_one):
+    base, overlapped = (train(group_of_one, kind, name) for name in PIPELINES)
+    assert overlapped["losses"] == pytest.approx(base["losses"], abs=1e-6)
+    assert len(base["losses"]) == STEPS
+    assert sum(base["losses"][-3:]) < 0.9 * sum(base["losses"][:3])
+    assert overlapped["pipelined"] == {"ShardedEmbeddingCollection", "ShardedEmbeddingBagCollection"}
+
+
+@pytest.mark.parametrize("pipeline", PIPELINES)
+@pytest.mark.parametrize("kind", KINDS)
+def test_two_processes_learn_what_one_does(kind, pipeline, two_ranks, group_of_one):
+    alone = train(group_of_one, kind, pipeline)["losses"]
+    shares = [rank[kind, pipeline] for rank in two_ranks]
+    together = [sum(losses) / 2 for losses in zip(*(of["losses"] for of in shares), strict=True)]
+    assert together[:EXACT] == pytest.approx(alone[:EXACT], abs=1e-5)
+    assert together == pytest.approx(alone, abs=1e-3)
+    assert shares[0]["plan"]["t_item"].startswith("row_wise fused on rank 0, 1")
+    if pipeline == "sparse-dist":
+        assert shares[1]["pipelined"] == {"ShardedEmbeddingCollection", "ShardedEmbeddingBagCollection"}
