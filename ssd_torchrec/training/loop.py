@@ -41,7 +41,7 @@ class Position:
     """Epochs completed when validation was best; 0 before the first validation."""
 
     best_score: float = -1.0
-    """Validation NDCG@10 then."""
+    """What selects the best weights, then: validation NDCG@10, or the AUC of a ranking model."""
 
     since_best: int = 0
     """Validations since then."""
@@ -71,6 +71,8 @@ class Steps:
     # validate       ()                        validation figures
     # save           (position, best)          write a checkpoint, and mark it as the best
     # reduce_sum     (tensor)                  sum over ranks
+
+    `selection` names the validation figure that the best weights have the most of.
     """
 
     pipeline: Callable[[], AbstractContextManager[Pipeline]]
@@ -79,6 +81,7 @@ class Steps:
     validate: Callable[[], dict[str, float]]
     save: Callable[[Position, bool], Any]
     reduce_sum: Callable[[Tensor], Tensor]
+    selection: str = SELECTION_METRIC
 
 
 class TrainingLoop:
@@ -169,7 +172,7 @@ class TrainingLoop:
         if position.epoch % self.config.evaluate_every and position.epoch < self.config.epochs:
             return position
         figures = self.steps.validate()
-        score = figures[SELECTION_METRIC]
+        score = figures[self.steps.selection]
         best = score > position.best_score
         if best:
             position = replace(position, best_epoch=position.epoch, best_score=score, since_best=0)

@@ -4,6 +4,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from ssd_torchrec.training.loop import Position
+from ssd_torchrec.training.metrics import SELECTION_METRIC
 from ssd_torchrec.training.progress import Progress
 from ssd_torchrec.training.tracking import MetricsLog
 
@@ -17,15 +18,25 @@ class RunObserver:
         position: where the run begins or goes on; what was logged after it is dropped.
         total_steps: steps of the whole run.
         speaks: whether this rank does.
+        selection: the validation figure to keep in view.
     """
 
-    def __init__(self, folder: Path, description: str, position: Position, total_steps: int, *, speaks: bool) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        description: str,
+        position: Position,
+        total_steps: int,
+        *,
+        speaks: bool,
+        selection: str = SELECTION_METRIC,
+    ) -> None:
         self._speaks = speaks
         self._stack = ExitStack()
         self._last = (0.0, 0.0, 0.0)
         if speaks:
             self._log = MetricsLog(folder, resume_step=position.step)
-            self._progress = Progress(total_steps, description, first_step=position.step)
+            self._progress = Progress(total_steps, description, first_step=position.step, selection=selection)
 
     def __enter__(self) -> "RunObserver":
         if self._speaks:

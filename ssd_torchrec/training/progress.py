@@ -29,6 +29,7 @@ class Progress:
         first_step: steps done before, by the run that is resumed; the time left is judged by what comes after them.
         file: where to; a terminal gets the live bar.
         clock: monotonic seconds.
+        selection: the validation figure to show.
     """
 
     def __init__(
@@ -39,12 +40,14 @@ class Progress:
         first_step: int = 0,
         file: TextIO | None = None,
         clock: Callable[[], float] = time.monotonic,
+        selection: str = SELECTION_METRIC,
     ) -> None:
         self._total = total_steps
         self._description = description
         self._first_step = first_step
         self._file = sys.stdout if file is None else file
         self._clock = clock
+        self._selection = selection
         self._started_s = clock()
         self._printed_s = float("-inf")
         self._unprinted = ""
@@ -85,10 +88,10 @@ class Progress:
         Args:
             step: counts from 1.
             events_per_s: over all ranks.
-            valid: metrics of a validation made at this step; its NDCG@10 stays in view until the next one.
+            valid: metrics of a validation made at this step; the one that selects stays in view until the next one.
         """
         if valid is not None:
-            self._valid = f"valid {SELECTION_METRIC} {valid[SELECTION_METRIC]:.4f}  "
+            self._valid = f"valid {self._selection} {valid[self._selection]:.4f}  "
         done = f"{100 * step // max(self._total, 1):3d} %  {duration(self._left_s(step))} left  loss {loss_nats:.4f}"
         speed = f"{events_per_s:,.0f} events/s  lr {learning_rate:.1e}  step {step}/{self._total}"
         figures = f"{done}  {self._valid}{speed}"

@@ -41,7 +41,8 @@ from ssd_torchrec.training.build import build
 from ssd_torchrec.training.catalogue import Seen, catalogue
 from ssd_torchrec.training.histories import data_folder
 from ssd_torchrec.training.in_place import top_items_in_place
-from ssd_torchrec.training.run import checkpoint_at, config_of
+from ssd_torchrec.training.job import checkpoint_at
+from ssd_torchrec.training.run import config_of
 from ssd_torchrec.training.top_items import NOTHING, items_of, scores_of, top_items
 
 USERS_PER_WRITE = 8192

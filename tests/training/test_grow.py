@@ -26,7 +26,8 @@ from ssd_torchrec.models.next_item import ITEM_WEIGHT
 from ssd_torchrec.training.build import build
 from ssd_torchrec.training.config import DataConfig, EvaluationConfig, RunConfig, TrainingConfig
 from ssd_torchrec.training.grow import grow
-from ssd_torchrec.training.run import checkpoint_at, config_of, evaluate_checkpoint, train
+from ssd_torchrec.training.job import checkpoint_at
+from ssd_torchrec.training.run import config_of, evaluate_checkpoint, train
 
 CONFIG = PrepareConfig(log=LogConfig(item="item", user_columns=("home",)), k_core=0, num_oov_buckets=3)
 OLD_ITEMS, NEW_ITEMS, USERS = 20, 7, 30

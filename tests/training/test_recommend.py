@@ -28,8 +28,9 @@ from ssd_torchrec.models.next_item import NextItemModel
 from ssd_torchrec.training import recommend as module
 from ssd_torchrec.training.build import build
 from ssd_torchrec.training.config import DataConfig, RunConfig, TrainingConfig
+from ssd_torchrec.training.job import checkpoint_at
 from ssd_torchrec.training.recommend import RecommendConfig, Recommended, recommend
-from ssd_torchrec.training.run import checkpoint_at, train
+from ssd_torchrec.training.run import train
 from ssd_torchrec.training.run_folder import from_json
 
 NUM_USERS = 60
