@@ -41,7 +41,7 @@ def test_torchx_accepts_the_component(component):
     assert file_linter.validate(str(COMPONENTS[component][0]), component) == []
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+@pytest.mark.parametrize("system", [*SYSTEMS, "dlrm"])
 def test_every_system_has_a_component_of_its_name(system):
     assert file_linter.validate(str(TRAIN), system) == []
     with runner.get_runner() as torchx:

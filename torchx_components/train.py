@@ -148,3 +148,9 @@ def caser(*script_args: str) -> specs.AppDef:
 def lrurec(*script_args: str) -> specs.AppDef:
     """Train LRURec: linear recurrent units."""
     ...
+
+
+@_trains
+def dlrm(*script_args: str) -> specs.AppDef:
+    """Train a DLRM whose histories an encoder reads, on impressions."""
+    ...

@@ -40,6 +40,7 @@ FACTS = {
     "world_size": "processes",
     "device": "device",
     "train_events_per_s": "training events/s",
+    "train_rows_per_s": "training rows/s",
     "epoch_s": "seconds an epoch",
     "peak_memory_gib": "peak memory, GiB",
     "git_commit": "commit",
@@ -62,6 +63,8 @@ def comparison(result: Mapping[str, Any], split: str) -> tuple[list[str], list[l
             "most_popular", "attainable_without_time" and "attainable" are shown where they are known, the last one also
             as a share.
         split: "valid" or "test".
+
+    Metrics are hit rate, NDCG and MRR at each cutoff, or whatever figures another kind of model has.
     """
     scores = {"model": result[split]}
     for name, key in JUDGES.items():
@@ -71,7 +74,7 @@ def comparison(result: Mapping[str, Any], split: str) -> tuple[list[str], list[l
     judged = [name for name in ("model", "no gate") if best and name in scores]
     header = ["", *scores, *(f"{name} / best" for name in judged)]
     rows = []
-    for metric in METRICS:
+    for metric in METRICS if METRICS[0] in result[split] else result[split]:
         figures = [f"{score[metric]:.4f}" for score in scores.values()]
         shares = [_share(scores[name][metric], best[metric]) for name in judged] if best else []
         rows.append([metric.upper(), *figures, *shares])
@@ -79,7 +82,7 @@ def comparison(result: Mapping[str, Any], split: str) -> tuple[list[str], list[l
 
 
 def print_results(result: Mapping[str, Any], console: Console | None = None) -> None:
-    """Print a table for validation and one for test: hit rate, NDCG and MRR at each cutoff, see `comparison`."""
+    """Print a table for validation and one for test, see `comparison`."""
     console = console or Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     for split, title in SPLITS.items():
         if split in result:
@@ -148,11 +151,12 @@ def _training_curve(steps: Sequence[Mapping[str, Any]]) -> str:
 
 def _validation_curve(validations: Sequence[Mapping[str, Any]], result: Mapping[str, Any]) -> str:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
-    axes = figure.add_subplot(xlabel="step", ylabel=SELECTION_METRIC.upper())
-    axes.plot(*_series(validations, SELECTION_METRIC), marker="o", markersize=3, label="model")
+    selection = result.get("selection", SELECTION_METRIC)
+    axes = figure.add_subplot(xlabel="step", ylabel=selection.upper())
+    axes.plot(*_series(validations, selection), marker="o", markersize=3, label="model")
     for name, style in {"best": "--", "most popular": ":"}.items():
         if known := result.get(JUDGES[name]):
-            axes.axhline(known["valid"][SELECTION_METRIC], color="grey", linestyle=style, label=name)
+            axes.axhline(known["valid"][selection], color="grey", linestyle=style, label=name)
     axes.set_ylim(bottom=0)
     axes.legend()
     return _svg(figure)

@@ -29,7 +29,7 @@ _GAPS_S = (600, 86_400)  # of the two regimes, give or take a third
 class ClicksConfig:
     """How much to generate, and by which law."""
 
-    num_rows: int = 40_000
+    num_rows: int = 60_000
     """Impressions; the last tenth in time is the test part, the tenth before it the validation part."""
 
     num_groups: int = 8
