@@ -132,7 +132,7 @@ def encoders(rounds: int) -> Iterator[str]:
             step()
             if number:
                 seconds[name].append(time.perf_counter() - began)
-    yield f"\nEncoder alone, forward and backward: {ROWS} rows of mean length 200, cut at {longest}, {WIDTH} wide, one layer.\n"
+    yield f"\nEncoder alone, forward and backward: {ROWS} rows of mean length 200, cut at {longest}, one layer.\n"
     yield "| | ms | |\n|---|---|---|"
     ours = statistics.median(seconds["TiM4Rec"])
     for name, of in seconds.items():

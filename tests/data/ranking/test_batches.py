@@ -25,6 +25,7 @@ def part(tmp_path_factory) -> RankingPart:
     rows.dense[:, 0] = np.arange(ROWS)
     with RankingWriter(folder, clicks_meta(config), rows_per_group=30) as writer:
         writer.append("train", rows)
+        writer.append("valid", rows.take(np.arange(30)))
         writer.append("test", rows.take(np.arange(50)))
         writer.finish()
     return RankingPart(folder, "train")
@@ -66,6 +67,11 @@ def test_order_depends_on_seed_and_epoch_and_mixes_row_groups(part):
     assert orders[0] == shared(part, 1)
     assert orders[0] != orders[1] != orders[2] != orders[0]
     assert len({row // 30 for row in orders[0][0]}) > 1
+
+
+def test_each_epoch_shuffles_a_single_row_group_anew(part):
+    alone = RankingBatches(RankingPart(Path(part._path).parent, "valid"), 30)
+    assert numbers(alone.epoch(0)) != numbers(alone.epoch(1))
 
 
 @pytest.mark.parametrize("first", [0, 1, 5, 6, 19, 20])
