@@ -110,8 +110,33 @@ def _prepare(words: list[str]) -> int:
         description=f"{COMMANDS['prepare'].about}\n\npresets:\n{listed}",
         config=(tyro.conf.OmitArgPrefixes,),
     )
-    meta = prepare(Path(asked.log), Path(asked.output), asked.config, on_step=print_step)
+    meta = prepare(asked.log, Path(asked.output), asked.config, on_step=print_step)
     print_outcome(meta, Path(asked.output))
+    return 0
+
+
+def _prepare_ranking(words: list[str]) -> int:
+    from ssd_torchrec.data.prepare.report import print_step
+    from ssd_torchrec.data.ranking.prepare import prepare_ranking
+    from ssd_torchrec.data.ranking.prepare_config import PrepareRankingConfig
+    from ssd_torchrec.data.ranking.prepare_report import print_prepared
+
+    @dataclass(frozen=True, kw_only=True)
+    class PrepareRanking(PrepareRankingConfig):
+        impressions: tyro.conf.Positional[str]
+        """File of the impressions, or folder of its files."""
+
+        events: str
+        """File of the log of events, or folder of its files; how it is read is said by --log.user and the like."""
+
+        output: str
+        """Where the data set goes; one that is there is replaced."""
+
+    asked = tyro.cli(
+        PrepareRanking, args=words, prog="ssd-torchrec prepare-ranking", description=COMMANDS["prepare-ranking"].about
+    )
+    prepared = prepare_ranking(asked.impressions, asked.events, asked.output, asked, on_step=print_step)
+    print_prepared(prepared, Path(asked.output))
     return 0
 
 
@@ -133,9 +158,12 @@ def _train(words: list[str]) -> int:
     from ssd_torchrec.distributed.process import launched, process_group
     from ssd_torchrec.training.config import RunConfig
     from ssd_torchrec.training.presets import presets
+    from ssd_torchrec.training.ranking_config import RankingRunConfig, ranking_presets
+    from ssd_torchrec.training.ranking_run import train_ranking
     from ssd_torchrec.training.run import train
 
-    runs, about = presets(), COMMANDS["train"].about
+    rankings = ranking_presets()
+    runs, about = presets() | rankings, COMMANDS["train"].about
     listed = _listed({name: words for name, (words, _) in runs.items()})
     if words[:1] in ([], ["-h"], ["--help"]):
         print(f"usage: ssd-torchrec train PRESET [--help]\n\n{about}\n\npresets:\n{listed}")
@@ -143,7 +171,7 @@ def _train(words: list[str]) -> int:
     if words[0] not in runs:
         raise ConfigError(f"the preset must be one of those below, got {words[0]!r}\n{listed}")
     config = tyro.cli(
-        RunConfig,
+        RankingRunConfig if words[0] in rankings else RunConfig,
         args=words[1:],
         default=runs[words[0]][1],
         prog=f"ssd-torchrec train {words[0]}",
@@ -152,12 +180,17 @@ def _train(words: list[str]) -> int:
     )
     world = launched(os.environ)
     with process_group(world):
-        train(replace(config, name=word_of_rank_0(config.name or _default_name())), world)
+        config = replace(config, name=word_of_rank_0(config.name or _default_name()))
+        if isinstance(config, RankingRunConfig):
+            train_ranking(config, world)
+        else:
+            train(config, world)
     return 0
 
 
 def _plan(words: list[str]) -> int:
     from ssd_torchrec.distributed.capacity import CapacityRequest, figures, plan_capacity
+    from ssd_torchrec.distributed.plan import BagSplit
     from ssd_torchrec.training.presets import presets
 
     runs, preset = presets(), _value_of("--preset", words) or "tim4rec"
@@ -195,6 +228,9 @@ def _plan(words: list[str]) -> int:
         )
         """Split of every table. auto: by rows; whole on one rank. data_parallel is refused."""
 
+        by_table: dict[str, BagSplit] = field(default_factory=dict)
+        """Tables that are split differently, such as city table_row_wise: a context feature's table has its name."""
+
         optimizer: Literal["auto", "sgd", "adagrad", "rowwise_adagrad", "adam"] = run.sharding.optimizer
         """What updates the tables. auto: adam."""
 
@@ -228,7 +264,11 @@ def _plan(words: list[str]) -> int:
     )
     objective = replace(run.objective, loss=asked.loss, num_negatives=asked.negatives)
     sharding = replace(
-        run.sharding, sharding=asked.sharding, optimizer=asked.optimizer, compute_kernel=asked.compute_kernel
+        run.sharding,
+        sharding=asked.sharding,
+        by_table=asked.by_table,
+        optimizer=asked.optimizer,
+        compute_kernel=asked.compute_kernel,
     )
     capacity = plan_capacity(
         CapacityRequest(
@@ -406,7 +446,7 @@ def _recommend(words: list[str]) -> int:
 
 def _unshard(words: list[str]) -> int:
     from ssd_torchrec.distributed.unshard import unshard
-    from ssd_torchrec.training.run import checkpoint_at
+    from ssd_torchrec.training.job import checkpoint_at
 
     @dataclass(frozen=True, kw_only=True)
     class Unshard:
@@ -433,7 +473,7 @@ def _unshard(words: list[str]) -> int:
 
 def _reshard(words: list[str]) -> int:
     from ssd_torchrec.distributed.reshard import reshard
-    from ssd_torchrec.training.run import checkpoint_at
+    from ssd_torchrec.training.job import checkpoint_at
 
     @dataclass(frozen=True, kw_only=True)
     class Reshard:
@@ -463,7 +503,7 @@ def _reshard(words: list[str]) -> int:
 def _grow(words: list[str]) -> int:
     from ssd_torchrec.models.next_item import ITEM_WEIGHT
     from ssd_torchrec.training.grow import grow
-    from ssd_torchrec.training.run import checkpoint_at
+    from ssd_torchrec.training.job import checkpoint_at
 
     @dataclass(frozen=True, kw_only=True)
     class Grow:
@@ -533,6 +573,9 @@ COMMANDS = {
         _generate, "Write a generated data set, in which gaps between events matter, or events long past."
     ),
     "prepare": Command(_prepare, "Make a data set of a raw log: k-core, order, vocabulary, in bounded memory."),
+    "prepare-ranking": Command(
+        _prepare_ranking, "Join impressions with the histories of their users as of then, for models of clicks."
+    ),
     "train": Command(_train, "Train a preset; every field of the run can be overridden."),
     "plan": Command(_plan, "Does a catalogue fit these GPUs, and how many does it take? Tables, bytes and a verdict."),
     "models": Command(_models, "What can be trained: paper, direction, time, streaming, presets."),

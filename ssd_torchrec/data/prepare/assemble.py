@@ -10,6 +10,7 @@
 # bags_0         user, value       the distinct values that a user has of it, if it is a user column
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -57,10 +58,9 @@ class Extras:
 
 
 @dataclass(frozen=True)
-class Assembled:
+class Left(ABC):
     """What is left, numbered; the rows themselves are read when asked for."""
 
-    connection: duckdb.DuckDBPyConnection
     extras: Extras
     order: Order
     vocabulary: Vocabulary
@@ -75,8 +75,18 @@ class Assembled:
     def event_columns(self) -> dict[str, int]:
         return {name: len(self.values[name]) for name in self.extras.event}
 
+    @abstractmethod
     def blocks(self) -> Iterator[tuple[Rows, pa.Array | None]]:
         """All users in order, some at a time, with their raw names if those are strings."""
+
+
+@dataclass(frozen=True)
+class Assembled(Left):
+    """What is left, in the tables above."""
+
+    connection: duckdb.DuckDBPyConnection
+
+    def blocks(self) -> Iterator[tuple[Rows, pa.Array | None]]:
         users = self._by_user('SELECT "user", raw FROM left_users JOIN raw_users USING (u) ORDER BY "user"')
         first_user_column = len(self.extras.event)
         bags = {
@@ -139,7 +149,7 @@ def assemble(
         name: _user_values(connection, n, name, values.get(name), extras)
         for n, name in enumerate(extras.user, len(extras.event))
     }
-    return Assembled(connection, extras, order, vocabulary, of_user | of_event, not pa.types.is_integer(raw_user_type))
+    return Assembled(extras, order, vocabulary, of_user | of_event, not pa.types.is_integer(raw_user_type), connection)
 
 
 def rising(timestamp: Ints, offsets: Ints) -> Ints:
@@ -153,6 +163,11 @@ def rising(timestamp: Ints, offsets: Ints) -> Ints:
     row = np.repeat(np.arange(len(offsets) - 1), np.diff(offsets))
     apart = row * (int(timestamp.max()) - int(timestamp.min()) + 1)
     return np.maximum.accumulate(timestamp + apart) - apart
+
+
+def no_values(name: str) -> DataError:
+    """A further column without any."""
+    return DataError(f"column {name} must hold a value for some event or user that is left, got none; leave it out")
 
 
 def _number_items(connection: duckdb.DuckDBPyConnection, num_oov_buckets: int, known: Vocabulary | None) -> Vocabulary:
@@ -220,5 +235,5 @@ def _number_values(
     )
     values = connection.sql(f"SELECT value FROM values_{number} ORDER BY id").to_arrow_table()["value"]
     if not len(values):
-        raise DataError(f"column {name} must hold a value for some event or user that is left, got none; leave it out")
+        raise no_values(name)
     return values.combine_chunks().cast(pa.large_string())

@@ -12,7 +12,7 @@ order in which they leave.
     # pairs      u, i                       what is left of coded; the k-core in the end
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import duckdb
@@ -66,15 +66,28 @@ def k_core(connection: duckdb.DuckDBPyConnection, k: int) -> Iterator[Counts]:
         DataError: nothing is left.
     """
     connection.execute("CREATE VIEW pairs AS SELECT u, i FROM coded")
-    kept, is_view = [_count(connection)], True
+    is_view = iter([True])
+    yield from rounds(k, lambda: _count(connection), lambda: _drop_weak(connection, k, next(is_view, False)))
+
+
+def rounds(k: int, count: Callable[[], Counts], drop_weak: Callable[[], bool]) -> Iterator[Counts]:
+    """The counts of the log, then those after each round of its k-core.
+
+    Args:
+        count: counts what is left.
+        drop_weak: takes the interactions of users and items with fewer than k away; False where there are none.
+
+    Raises:
+        DataError: nothing is left.
+    """
+    kept = [count()]
     yield kept[0]
-    while _drop_weak(connection, k, is_view):
-        is_view = False
-        kept.append(_count(connection))
+    while drop_weak():
+        kept.append(count())
         if not kept[-1].events:
-            rounds = "; ".join(f"round {number}: {counts}" for number, counts in enumerate(kept) if number)
+            told = "; ".join(f"round {number}: {counts}" for number, counts in enumerate(kept) if number)
             raise DataError(
-                f"the {k}-core of a log must hold something, got nothing of {kept[0]}; {rounds}; "
+                f"the {k}-core of a log must hold something, got nothing of {kept[0]}; {told}; "
                 "give a smaller --k-core (0 keeps all), or a larger part of the log"
             )
         yield kept[-1]

@@ -45,8 +45,8 @@ class Condition:
 
 
 @dataclass(frozen=True, kw_only=True)
-class LogConfig:
-    """How a log is read."""
+class FilesConfig:
+    """How files of users, items and times are read."""
 
     format: Literal["auto", "csv", "tsv", "parquet", "dat", "inter", "jsonl"] = "auto"
     """What the files hold; auto: by their names."""
@@ -68,21 +68,8 @@ class LogConfig:
     """Unit of the times since 1970; iso: text such as 2016-03-09 or 2016-03-09 13:05:00, taken as UTC. Times of
     Parquet that have a type of their own need none."""
 
-    event_columns: tuple[str, ...] = ()
-    """Further columns that hold one value an event, taken as categories."""
-
-    user_columns: tuple[str, ...] = ()
-    """Further columns that tell something of users: of the table of users if there is one, else of the log, where a
-    user has the distinct values that occur."""
-
-    users: str = ""
-    """File or folder of a table of users, with the same column of users as the log; empty: none."""
-
     columns: tuple[str, ...] = ()
     """Columns of the log's files in order, if they have no header line."""
-
-    columns_of_users: tuple[str, ...] = ()
-    """Columns of the table of users in order, if it has no header line."""
 
     delimiter: str = ""
     """What stands between the cells of the log's lines; empty: as usual for the format."""
@@ -95,10 +82,7 @@ class LogConfig:
             raise ConfigError(
                 f"delimiter must be at most 4 bytes without a line break, got {self.delimiter!r}; convert the log"
             )
-        for name in ("columns", "columns_of_users"):
-            names = getattr(self, name)
-            if len(set(names)) < len(names):
-                raise ConfigError(f"{name} must differ from each other, got {list(names)}; rename some")
+        _check_differ("columns", self.columns)
         _ = self.conditions
 
     @property
@@ -114,6 +98,33 @@ class LogConfig:
         """The columns of a log of this format."""
         usual = ("reviewerID", "asin", "unixReviewTime") if kind == "jsonl" else ("user_id", "item_id", "timestamp")
         return Columns(self.user or usual[0], self.item or usual[1], self.timestamp or usual[2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class LogConfig(FilesConfig):
+    """How a log is read."""
+
+    event_columns: tuple[str, ...] = ()
+    """Further columns that hold one value an event, taken as categories."""
+
+    user_columns: tuple[str, ...] = ()
+    """Further columns that tell something of users: of the table of users if there is one, else of the log, where a
+    user has the distinct values that occur."""
+
+    users: str = ""
+    """File or folder of a table of users, with the same column of users as the log; empty: none."""
+
+    columns_of_users: tuple[str, ...] = ()
+    """Columns of the table of users in order, if it has no header line."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _check_differ("columns_of_users", self.columns_of_users)
+
+
+def _check_differ(option: str, names: tuple[str, ...]) -> None:
+    if len(set(names)) < len(names):
+        raise ConfigError(f"{option} must differ from each other, got {list(names)}; rename some")
 
 
 def _condition(text: str) -> Condition:

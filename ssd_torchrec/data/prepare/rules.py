@@ -15,10 +15,10 @@ from ssd_torchrec.data.schema import RawType
 from ssd_torchrec.errors import DataError
 
 FIRST_S, LAST_S = 315_532_800, 4_102_444_800  # 1980-01-01 and 2100-01-01
-_PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 1_000, "us": 1_000_000}
+PER_SECOND: dict[TimeUnit, int] = {"s": 1, "ms": 1_000, "us": 1_000_000}
 _WHOLE = "('UBIGINT', 'BIGINT', 'HUGEINT', 'UHUGEINT')"
-_NUMBER = r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*"
-_ISO = r"[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?Z?)?"
+NUMBER = r"\s*[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)?\s*"
+ISO = r"[0-9]{4}-[0-9]{2}-[0-9]{2}([ T][0-9]{2}:[0-9]{2}(:[0-9]{2}(\.[0-9]+)?)?Z?)?"
 _UNITS_S = {"ms": 1e-3, "us": 1e-6, "s": 1.0, "ns": 1e-9, "minutes": 60.0, "hours": 3600.0, "days": 86400.0}
 
 
@@ -42,15 +42,16 @@ def id_rules(column: Column) -> list[Rule]:
     if column.kind in ("real", "instant", "boolean", "unfit"):
         mend = "cast it, dropping rows without an id first" if column.kind == "real" else "cast it"
         raise DataError(f"{column.file}: {column.name} {must_be}, got {column.type}; {mend}")
-    rules = [Rule.of(column, f"coalesce({column.text}, '') = ''", "must not be null or empty", "drop the row")]
+    rules = [Rule.of(column, column.is_empty, "must not be null or empty", "drop the row")]
     if column.kind == "json":
         fits = f"json_type({column.sql}) = 'VARCHAR' OR json_type({column.sql}) IN {_WHOLE}"
         rules.append(
             Rule.of(column, f"NOT (regexp_full_match({column.text}, '-?[0-9]+') OR {fits})", must_be, "correct it")
         )
     if column.kind in ("json", "integer"):
-        number = "true" if column.kind == "integer" else f"json_type({column.sql}) <> 'VARCHAR'"
-        broken = f"{number} AND TRY_CAST({column.text} AS BIGINT) IS NULL AND {column.sql} IS NOT NULL"
+        number = column.sql if column.kind == "integer" else column.text
+        broken = f"TRY_CAST({number} AS BIGINT) IS NULL AND {column.sql} IS NOT NULL"
+        broken += f" AND json_type({column.sql}) <> 'VARCHAR'" if column.kind == "json" else ""
         rules.append(Rule.of(column, broken, "must fit into 64 bits with a sign", "write the ids as strings"))
     return rules
 
@@ -85,7 +86,7 @@ def type_rule(column: Column, raw_type: RawType, others: str) -> Rule:
 
 def as_id(column: Column, raw_type: RawType) -> str:
     """SQL: an id in its type."""
-    return f"CAST({column.text} AS {'BIGINT' if raw_type == 'int64' else 'VARCHAR'})"
+    return f"CAST({column.text} AS {'BIGINT' if raw_type == 'int64' else 'STRING'})"
 
 
 def as_value(column: Column) -> str:
@@ -112,8 +113,8 @@ def as_seconds(column: Column, unit: TimeUnit) -> str:
         return f"({'epoch_ns' if ns else 'epoch_us'}({column.sql}) // {10**9 if ns else 10**6})"
     if unit == "iso":
         instant = f"epoch_us(TRY_CAST({column.text} AS TIMESTAMP)) // 1000000"
-        return f"(CASE WHEN regexp_full_match({column.text}, '{_ISO}') THEN {instant} END)"
-    per_second = _PER_SECOND[unit]
+        return f"(CASE WHEN regexp_full_match({column.text}, '{ISO}') THEN {instant} END)"
+    per_second = PER_SECOND[unit]
     if column.kind == "integer":
         return f"CAST({column.sql} // {per_second} AS BIGINT)"
     real = f"TRY_CAST(floor(TRY_CAST({column.text} AS DOUBLE) / {per_second}) AS BIGINT)"
@@ -122,7 +123,7 @@ def as_seconds(column: Column, unit: TimeUnit) -> str:
     return (
         f"(CASE WHEN regexp_full_match({column.text}, '\\s*[0-9]{{1,18}}\\s*') "
         f"THEN TRY_CAST({column.text} AS BIGINT) // {per_second} "
-        f"WHEN regexp_full_match({column.text}, '{_NUMBER}') THEN {real} END)"
+        f"WHEN regexp_full_match({column.text}, '{NUMBER}') THEN {real} END)"
     )
 
 
@@ -133,16 +134,18 @@ def as_float32(column: Column, unit: TimeUnit) -> str:
     return f"CAST(CAST({column.text} AS DOUBLE) AS FLOAT)"
 
 
-def time_rules(column: Column, unit: TimeUnit) -> list[Rule]:
-    """Times are there, of their unit, and of our days."""
+def time_rules(column: Column, unit: TimeUnit, seconds: str) -> list[Rule]:
+    """Times are there, of their unit, and of our days.
+
+    Args:
+        seconds: SQL, the unix seconds of a time; null where there is none.
+    """
     if column.kind in ("boolean", "unfit") or (unit == "iso" and column.kind in ("integer", "real")):
         mend = "give --time-unit s, ms or us" if column.kind in ("integer", "real") else "cast it"
         raise DataError(f"{column.file}: {column.name} must be {_unit_in_words(unit)}, got {column.type}; {mend}")
-    seconds = as_seconds(column, unit)
     told = "" if column.kind == "instant" else f" as {_unit_in_words(unit)}"
-    null = f"coalesce({column.text}, '') = ''"
     return [
-        Rule.of(column, null, "must not be null or empty", "drop the row"),
+        Rule.of(column, column.is_empty, "must not be null or empty", "drop the row"),
         Rule(column, f"{seconds} IS NULL", f"must be {_unit_in_words(unit)}", lambda value: _mend(column, unit, value)),
         Rule.of(column, f"{seconds} < 0", "must not be negative", "correct the time or drop the row"),
         Rule(
@@ -154,10 +157,20 @@ def time_rules(column: Column, unit: TimeUnit) -> list[Rule]:
     ]
 
 
-def meets(condition: Condition, column: Column) -> str:
-    """SQL: whether a line is kept."""
-    number, value = f"TRY_CAST({column.text} AS DOUBLE)", quoted_text(condition.value)
-    as_number = f"{number} {condition.operator} TRY_CAST({value} AS DOUBLE)"
+def meets(
+    condition: Condition,
+    column: Column,
+    quoted: Callable[[str], str] = quoted_text,
+    as_double: str = "TRY_CAST({} AS DOUBLE)",
+) -> str:
+    """SQL: whether a line is kept.
+
+    Args:
+        quoted: text as SQL takes it.
+        as_double: SQL, the number that {} is as text; null if it is none.
+    """
+    value = quoted(condition.value)
+    as_number = f"{as_double.format(column.text)} {condition.operator} {as_double.format(value)}"
     if condition.operator not in ("=", "!="):
         return f"coalesce({as_number}, false)"
     return f"coalesce({as_number}, {column.text} {condition.operator} {value}, false)"
@@ -189,5 +202,5 @@ def _mend(column: Column, unit: TimeUnit, text: str) -> str:
         return f"{correct}, or leave such rows out, as by --keep '{column.name}>=N'" if isfinite(value) else correct
     day = datetime.fromtimestamp(value * _UNITS_S[fits], UTC)
     mends = {"ns": "divide the column by 1000 and give --time-unit us"}
-    mends |= {fit: f"give --time-unit {fit}" for fit in _PER_SECOND}
+    mends |= {fit: f"give --time-unit {fit}" for fit in PER_SECOND}
     return f"in {fits} it is {day:%Y-%m-%d}: {mends.get(fits, f'multiply the column by {_UNITS_S[fits]:.0f}')}"

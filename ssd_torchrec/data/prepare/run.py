@@ -1,4 +1,7 @@
-"""From a raw log to a data set: read, k-core, order, write; out of core in a database that is removed at the end."""
+"""From a raw log to a data set: read, k-core, order, write; by an engine that needs no memory of the log's size.
+
+duckdb works out of core in a database of its own, which is removed at the end; spark on the cluster of its session.
+"""
 
 import re
 import signal
@@ -6,21 +9,24 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
-from typing import Any
+from typing import Any, Literal
 
 import duckdb
 import pyarrow as pa
 
-from ssd_torchrec.data.prepare.assemble import TIME, Extras, Order, assemble
+from ssd_torchrec.data.prepare.assemble import TIME, Extras, Left, Order, assemble
 from ssd_torchrec.data.prepare.core import Counts, code_events, k_core
 from ssd_torchrec.data.prepare.known import Known
 from ssd_torchrec.data.prepare.log import LogConfig
+from ssd_torchrec.data.prepare.spark import SparkCore
+from ssd_torchrec.data.prepare.spark_log import read_log
+from ssd_torchrec.data.prepare.spark_session import spark_session
 from ssd_torchrec.data.prepare.stage import stage
-from ssd_torchrec.data.schema import DatasetMeta, check_names
+from ssd_torchrec.data.schema import DatasetMeta, RawType, check_names
 from ssd_torchrec.data.scratch import scratch_folder
 from ssd_torchrec.data.writer import DatasetWriter, check_target
 from ssd_torchrec.errors import ConfigError, DataError
@@ -53,14 +59,18 @@ class PrepareConfig:
     """Data set whose items and values of further columns keep their ids here, in this log or not; new ones get the ids
     after them, and `ssd-torchrec grow` gives its checkpoints their rows. Empty: all ids are given out anew."""
 
+    engine: Literal["duckdb", "spark"] = "duckdb"
+    """What works on the log; both make the same data set. duckdb: this machine, out of core. spark: the cluster of
+    spark-submit or of the session that is there, else this machine; for Parquet, as paths or URLs that Spark knows."""
+
     memory_limit: str = "1GiB"
-    """What the database may take before it spills to disk; the process needs some 0.5 GiB beside it."""
+    """What duckdb may take before it spills to disk; the process needs some 0.5 GiB beside it."""
 
     threads: int = 0
-    """Threads of the database; 0: one a core."""
+    """Threads of duckdb; 0: one a core."""
 
     temporary: str = ""
-    """Folder for what does not fit into memory, up to some times the log; empty: beside the output."""
+    """Folder for what duckdb has no memory for, up to some times the log; empty: beside the output."""
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(MiB|GiB|TiB|MB|GB|TB)", self.memory_limit):
@@ -70,6 +80,9 @@ class PrepareConfig:
                 raise ConfigError(
                     f"{name} must be at least {least}, got {getattr(self, name)}; leave it at its default"
                 )
+        for name in ("memory_limit", "threads", "temporary") if self.engine == "spark" else ():
+            if getattr(self, name) != getattr(PrepareConfig, name):
+                raise ConfigError(f"{name} is for the engine duckdb, Spark has settings of its own; leave it out")
 
 
 @dataclass(frozen=True)
@@ -87,14 +100,15 @@ def prepare(
     """Write the data set of a log; the same log and configuration give the same fingerprint.
 
     Args:
-        log: file or folder, of a format that `LogConfig` knows.
+        log: file or folder, of a format that `LogConfig` knows; for the engine spark of Parquet, a URL as well.
         output: where the data set goes; one that is there is replaced when the new one is complete.
         on_step: told of the log, of each round of the k-core and of the data set.
 
     Raises:
         DataError: the log is not what it must be, the k-core is empty, `output` holds something that is no data set, or
             there cannot be written; what is to be extended is no data set.
-        ConfigError: `memory_limit` is too small for this log; what is to be extended has other further columns.
+        ConfigError: `memory_limit` is too small for this log; what is to be extended has other further columns; Spark
+            is missing or gives up.
 
     However it ends, what it wrote outside `output` is removed; after a kill, by the next prepare with the same `output`
     and `temporary`.
@@ -105,35 +119,62 @@ def prepare(
     check_names(list(extras.names))
     known = Known.of(Path(config.extends), extras.names) if config.extends else None
     beside = Path(config.temporary).absolute() / output.name if config.temporary else output
-    clock = _Clock(on_step)
-    with _sigterm_unwinds(), _explained(output, beside.parent, config), scratch_folder(beside, "spill") as folder:
-        connection = _database(folder, config)
-        try:
-            return _prepare(connection, Path(log), output, config, extras, known, clock)
-        finally:
-            connection.close()
+    clock = Clock(on_step)
+    asked = _Asked(config, extras, known, clock)
+    engine = _on_spark(str(log), asked) if config.engine == "spark" else _on_duckdb(Path(log), beside, asked)
+    with sigterm_unwinds(), explained(output, beside.parent, config), engine as left:
+        return _written(left, output, config.name or Path(log).resolve().name.split(".")[0] or "log", clock)
 
 
-def _prepare(
-    connection: duckdb.DuckDBPyConnection,
-    log: Path,
-    output: Path,
-    config: PrepareConfig,
-    extras: Extras,
-    known: Known | None,
-    clock: "_Clock",
-) -> DatasetMeta:
-    float32_time = config.order == "float32-stable"
-    stage(connection, log, config.log, float32_time=float32_time, item_type=known.item_type if known else None)
-    connection.execute("SET preserve_insertion_order = false")  # position tells the order; memory for it is not needed
-    code_events(connection, extras.of_log, time=sorted({"timestamp", TIME[config.order]}))
-    for number, counts in enumerate(k_core(connection, config.k_core)):
-        clock.lap(f"{config.k_core}-core, round {number}" if number else LOG, counts)
-    buckets = known.vocabulary.num_oov_buckets if known else config.num_oov_buckets
-    left = assemble(connection, extras, config.order, buckets, known)
+@dataclass(frozen=True)
+class _Asked:
+    config: PrepareConfig
+    extras: Extras
+    known: Known | None
+    clock: "Clock"
+
+    @property
+    def float32_time(self) -> bool:
+        return self.config.order == "float32-stable"
+
+    @property
+    def item_type(self) -> RawType | None:
+        return self.known.item_type if self.known else None
+
+    @property
+    def num_oov_buckets(self) -> int:
+        return self.known.vocabulary.num_oov_buckets if self.known else self.config.num_oov_buckets
+
+    def tell(self, rounds: Iterator[Counts]) -> None:
+        for number, counts in enumerate(rounds):
+            self.clock.lap(f"{self.config.k_core}-core, round {number}" if number else LOG, counts)
+
+
+@contextmanager
+def _on_duckdb(log: Path, beside: Path, asked: _Asked) -> Iterator[Left]:
+    config, extras = asked.config, asked.extras
+    with scratch_folder(beside, "spill") as folder, closing(database(folder, config)) as connection:
+        stage(connection, log, config.log, float32_time=asked.float32_time, item_type=asked.item_type)
+        connection.execute("SET preserve_insertion_order = false")  # position tells the order; it would take memory
+        code_events(connection, extras.of_log, time=sorted({"timestamp", TIME[config.order]}))
+        asked.tell(k_core(connection, config.k_core))
+        yield assemble(connection, extras, config.order, asked.num_oov_buckets, asked.known)
+
+
+@contextmanager
+def _on_spark(log: str, asked: _Asked) -> Iterator[Left]:
+    config = asked.config
+    with spark_session() as session, ExitStack() as held:
+        found = read_log(session, log, config.log, float32_time=asked.float32_time, item_type=asked.item_type)
+        core = SparkCore(session, found, held)
+        asked.tell(core.rounds(config.k_core))
+        yield core.assemble(asked.extras, config.order, asked.num_oov_buckets, asked.known)
+
+
+def _written(left: Left, output: Path, name: str, clock: "Clock") -> DatasetMeta:
     with DatasetWriter(
         output,
-        name=config.name or log.resolve().name.split(".")[0] or "log",
+        name=name,
         vocabulary=left.vocabulary,
         context=left.context,
         event_columns=left.event_columns,
@@ -147,7 +188,8 @@ def _prepare(
     return meta
 
 
-def _database(folder: Path, config: PrepareConfig) -> duckdb.DuckDBPyConnection:
+def database(folder: Path, config: PrepareConfig) -> duckdb.DuckDBPyConnection:
+    """A database in a folder, which also takes what there is no memory for."""
     settings: dict[str, Any] = {"memory_limit": config.memory_limit, "temp_directory": str(folder / "spill")}
     if config.threads:
         settings["threads"] = config.threads
@@ -156,17 +198,20 @@ def _database(folder: Path, config: PrepareConfig) -> duckdb.DuckDBPyConnection:
     return connection
 
 
-class _Clock:
+class Clock:
+    """Tells of each step how long it took."""
+
     def __init__(self, on_step: Callable[[Step], None]) -> None:
         self._on_step, self._last = on_step, time.monotonic()
 
     def lap(self, name: str, counts: Counts) -> None:
+        """Tell of a step that ends now."""
         before, self._last = self._last, time.monotonic()
         self._on_step(Step(name, counts, self._last - before))
 
 
 @contextmanager
-def _explained(output: Path, temporary: Path, config: PrepareConfig) -> Iterator[None]:
+def explained(output: Path, temporary: Path, config: PrepareConfig) -> Iterator[None]:
     """Errors of the disk and of the database in our words."""
     try:
         yield
@@ -189,7 +234,7 @@ def _first_line(error: Exception) -> str:
 
 
 @contextmanager
-def _sigterm_unwinds() -> Iterator[None]:
+def sigterm_unwinds() -> Iterator[None]:
     """Let SIGTERM clean up before it ends the process, with the status of a process it ended."""
     if threading.current_thread() is not threading.main_thread():
         yield  # signals are the main thread's

@@ -23,7 +23,7 @@ class Column:
 
     name: str  # in the log
     sql: str  # in the relation of its source
-    file: Path  # the first that has it
+    file: Path | str  # the first that has it
     kind: Kind
     type: str = ""  # what the file calls its type, if it has one
 
@@ -32,7 +32,12 @@ class Column:
         """Its values as the log writes them."""
         if self.kind == "json":
             return f"({self.sql} ->> '$')"
-        return self.sql if self.kind in ("text", "string") else f"CAST({self.sql} AS VARCHAR)"
+        return self.sql if self.kind in ("text", "string") else f"CAST({self.sql} AS STRING)"
+
+    @property
+    def is_empty(self) -> str:
+        """SQL: whether there is no value."""
+        return f"coalesce({self.text}, '') = ''" if self.kind in ("text", "json", "string") else f"{self.sql} IS NULL"
 
 
 @dataclass(frozen=True)
@@ -85,7 +90,7 @@ def first_sentence(error: duckdb.Error) -> str:
     return str(error).strip().partition("\n")[0].removeprefix("Invalid Input Error: ").removeprefix("IO Error: ")
 
 
-def missing(file: Path, name: str, there: Sequence[str], also: str = "") -> DataError:
+def missing(file: Path | str, name: str, there: Sequence[str], also: str = "") -> DataError:
     """A column that is not there."""
     listed = ", ".join(there[:40]) + (", ..." if len(there) > 40 else "")
     return DataError(

@@ -71,7 +71,7 @@ def stage(
     of_log = (*config.event_columns, *(() if config.users else config.user_columns))
     wanted = (names.user, names.item, names.timestamp, *of_log, *(told.column for told in config.conditions))
     layout = Layout.of(kind, config.delimiter, config.columns or (MOVIELENS_RATINGS if kind == "dat" else ()))
-    source = _open(files, layout, wanted, "--columns")
+    source = open_files(files, layout, wanted, "--columns")
     user, item, time = (source.columns[name] for name in (names.user, names.item, names.timestamp))
     reading = Reading(source, tuple(rules.meets(told, source.columns[told.column]) for told in config.conditions))
     seconds = rules.as_seconds(time, config.time_unit)
@@ -90,7 +90,7 @@ def stage(
         **({"float32_time": rules.as_float32(time, config.time_unit)} if float32_time else {}),
         **{name: rules.as_value(source.columns[name]) for name in of_log},
     }
-    _store(connection, "events", selected, reading)
+    store(connection, "events", selected, reading)
     if config.users:
         _stage_users(connection, Path(config.users), config, names.user, user_type)
     return StagedLog(found.num_rows, user_type, item_type, tuple(selected), files)
@@ -101,13 +101,13 @@ def _stage_users(
 ) -> None:
     kind, files = log_files(users, "", "auto")
     layout = Layout.of(kind, "", config.columns_of_users or (MOVIELENS_USERS if kind == "dat" else ()))
-    source = _open(files, layout, (name, *config.user_columns), "--columns-of-users")
+    source = open_files(files, layout, (name, *config.user_columns), "--columns-of-users")
     reading, user = Reading(source), source.columns[name]
     every_rule = [*rules.id_rules(user), rules.type_rule(user, user_type, "as in the log")]
     every_rule += [rule for told in config.user_columns for rule in rules.value_rules(source.columns[told])]
     survey(connection, reading, every_rule, [])
     values = {told: rules.as_value(source.columns[told]) for told in config.user_columns}
-    _store(connection, "users", {"user_id": rules.as_id(user, user_type), **values}, reading)
+    store(connection, "users", {"user_id": rules.as_id(user, user_type), **values}, reading)
 
 
 def _check_names(config: LogConfig) -> None:
@@ -119,7 +119,7 @@ def _check_names(config: LogConfig) -> None:
         )
 
 
-def _open(files: tuple[Path, ...], layout: Layout, wanted: Sequence[str], option: str) -> Source:
+def open_files(files: tuple[Path, ...], layout: Layout, wanted: Sequence[str], option: str) -> Source:
     """The columns of files, each once; text that is compressed is whole."""
     wanted = tuple(dict.fromkeys(wanted))
     if layout.format == "parquet":
@@ -143,6 +143,11 @@ def _raw_type(
     return "string"
 
 
-def _store(connection: duckdb.DuckDBPyConnection, table: str, selected: dict[str, str], reading: Reading) -> None:
+def store(connection: duckdb.DuckDBPyConnection, table: str, selected: dict[str, str], reading: Reading) -> None:
+    """Make a table of the rows that are read.
+
+    Args:
+        selected: SQL of each of its columns.
+    """
     columns = ", ".join(f"{sql} AS {quoted_name(name)}" for name, sql in selected.items())
     connection.execute(f"CREATE TABLE {table} AS SELECT {columns} FROM {reading.sql}")

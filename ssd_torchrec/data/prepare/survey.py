@@ -65,10 +65,14 @@ def survey(
 def refusal(connection: duckdb.DuckDBPyConnection, reading: Reading, rule: Rule, count: int) -> DataError:
     """Say where a rule is broken first, and by what."""
     file, row, value = _first(connection, reading, rule)
+    return refused(reading.source.place(file, row), rule, value, count)
+
+
+def refused(place: str, rule: Rule, value: str | None, count: int) -> DataError:
+    """That a rule is broken so many times, first at a place by a value."""
     got = "nothing" if value in (None, "") else repr(value if len(value) <= 80 else value[:80] + "...")
     others = f" and {count - 1} more rows like it" if count > 1 else ""
-    told = f"{reading.source.place(file, row)}: {rule.column.name} {rule.must}, got {got}{others}"
-    return DataError(f"{told}; {rule.mend(value or '')}")
+    return DataError(f"{place}: {rule.column.name} {rule.must}, got {got}{others}; {rule.mend(value or '')}")
 
 
 def _first(connection: duckdb.DuckDBPyConnection, reading: Reading, rule: Rule) -> tuple[Path, int, str | None]:
