@@ -81,9 +81,9 @@ def spark_errors() -> tuple[type[Exception], ...]:
 def reason(error: Exception) -> str:
     """What went wrong, without classes, codes and traces."""
     for line in str(error).splitlines():
-        told = re.split(r"[a-zA-Z]+Exception: ", line)[-1].strip()
-        told = re.sub(r"^(: )?(\[[A-Z0-9_.]+\])? ?|[.;]*( SQLSTATE: .*)?$", "", told)
-        if told and not line.startswith("An error occurred while"):
+        told = re.split(r"[a-zA-Z]+Exception: |Exception thrown in awaitResult:", line)[-1].strip()
+        told = re.sub(r"^(: )?(\[[A-Z0-9_.]+\])? ?|[.; ]*(SQLSTATE: .*)?$", "", told)
+        if told and not line.startswith(("An error occurred while", "\tat ")):
             return told[:400]
     return type(error).__name__
 

@@ -115,7 +115,7 @@ def join_as_of(
         f"WHERE {kept if config.negative_share < 1 else 'true'}"
     )
     connection.execute("DROP TABLE impressions")
-    connection.execute("CREATE VIEW told AS SELECT u, i, position, timestamp FROM coded")
+    connection.execute("CREATE VIEW told AS SELECT u, i, position, timestamp FROM coded SEMI JOIN shown USING (u)")
     connection.execute(
         "CREATE TABLE starts AS SELECT u, CAST(sum(count(*)) OVER (ORDER BY u) - count(*) AS BIGINT) AS start "
         "FROM told GROUP BY u"

@@ -51,7 +51,7 @@ def prepare_ranking(
         impressions: file or folder, of a format that `FilesConfig` knows.
         events: log of events, likewise; its users and items are called as among the impressions.
         output: where the data set goes; one that is there is replaced when the new one is complete.
-        on_step: told of the log, of the impressions and of the histories, as they are joined.
+        on_step: told of the log, of the impressions, and of the events of users who have impressions.
 
     Raises:
         DataError: the impressions or the log are not what they must be, a part holds no impression, no item has enough
@@ -73,15 +73,16 @@ def prepare_ranking(
         closing(database(folder, config.engine)) as connection,
     ):
         log = stage(connection, events, LogConfig(**vars(config.log)))
-        clock.lap(LOG, _count(connection, "events"))
+        clock.lap(LOG, _count(connection, "events", "user_id", "item"))
         stage_impressions(connection, impressions, config, log)
-        clock.lap("impressions", _count(connection, "impressions"))
+        clock.lap("impressions", _count(connection, "impressions", "user_id", "item"))
         connection.execute("SET preserve_insertion_order = false")  # positions tell the order; it would take memory
         code_events(connection, ())
         cuts = cut_parts(connection, impressions, config)
         vocabulary = count_items(connection, events, config, cuts)
         values = join_as_of(connection, config, cuts, vocabulary)
         joined = JoinedImpressions(connection, folder, config, cuts)
+        clock.lap("histories", _count(connection, "told", "u", "i"))
         prepared = _write(joined, output, _numbered(described, vocabulary, values), vocabulary, values)
     return prepared
 
@@ -110,8 +111,8 @@ def _numbered(meta: RankingMeta, vocabulary: Vocabulary, values: Values) -> Rank
     )
 
 
-def _count(connection: duckdb.DuckDBPyConnection, table: str) -> Counts:
-    counts = f"SELECT count(DISTINCT user_id), count(DISTINCT item), count(*) FROM {table}"
+def _count(connection: duckdb.DuckDBPyConnection, table: str, user: str, item: str) -> Counts:
+    counts = f"SELECT count(DISTINCT {user}), count(DISTINCT {item}), count(*) FROM {table}"
     return Counts(*connection.execute(counts).fetchall()[0])
 
 

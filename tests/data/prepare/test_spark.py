@@ -119,7 +119,7 @@ def typed(log):
 
 def test_the_core_of_a_log_of_files_with_columns_of_all_types(tmp_path, session, set_for_now):
     set_for_now(session__timeZone="America/New_York", ansi__enabled="true", adaptive__enabled="true")
-    log = typed(drawn(0))
+    log = typed(drawn(0, num_users=100, num_items=60))
     log = log.set_column(2, "timestamp", log["timestamp"].cast(pa.timestamp("s")).cast(pa.timestamp("ms")))
     names = ["b.parquet", "a-b.parquet", "a/ä ö[1].parquet", "a/{x} %20.pq", "_no/c.parquet", "c.parquet"]
     for number, name in enumerate(names):
@@ -135,7 +135,8 @@ def test_the_core_of_a_log_of_files_with_columns_of_all_types(tmp_path, session,
     assert meta.num_items > 50
 
 
-def test_strings_in_order_of_their_bytes_a_table_of_users_and_float32_times(tmp_path, session):
+def test_strings_in_order_of_their_bytes_a_table_of_users_and_float32_times(tmp_path, session, monkeypatch):
+    monkeypatch.setattr(spark_module, "_EVENTS_AT_ONCE", 100)
     numbers = drawn(1)
     users = foreign(numbers["user_id"])
     times = pa.array(10**12 + 7001 * np.random.default_rng(0).integers(0, 10**6, len(numbers)))
@@ -343,7 +344,7 @@ def test_pages_that_are_corrupt_are_refused(tmp_path, session):
     page = pq.read_metadata(log).row_group(1).column(1)
     start = page.dictionary_page_offset or page.data_page_offset
     write(log, whole[:start] + b"\xff" * 20 + whole[start + 20 :])
-    with pytest.raises(DataError, match=r"log.parquet must be Parquet that Spark reads, but .*log.parquet"):
+    with pytest.raises(DataError, match=r"log.parquet must be Parquet that Spark reads, but .*[a-z]+.*; correct"):
         read(log, session)
 
 
@@ -420,7 +421,7 @@ def command(tmp_path, **environment):
     log = write(tmp_path / "log.parquet", table())
     (tmp_path / "here").mkdir()
     words = ["prepare", str(log), "--output", str(tmp_path / "set"), "--k-core", "0", "--engine", "spark"]
-    settings = " ".join(f"--conf {name}={value}" for name, value in SETTINGS.items())
+    settings = " ".join(f"--conf '{name}={value}'" for name, value in SETTINGS.items())
     environment = os.environ | {"PYSPARK_SUBMIT_ARGS": f"{settings} pyspark-shell"} | environment
     words = [sys.executable, "-m", "ssd_torchrec", *words]
     done = subprocess.run(words, cwd=tmp_path / "here", env=environment, capture_output=True, text=True)

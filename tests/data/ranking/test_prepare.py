@@ -445,9 +445,9 @@ def test_the_command_tells_what_it_made(tmp_path, capsys):
     assert main(words) == 0
     lines = [words.split() for words in capsys.readouterr().out.splitlines()]
     assert lines[0] == ["users", "items", "interactions", "seconds"]
-    assert [words[0] for words in lines[1:3]] == ["log", "impressions"]
-    assert [words[0] for words in lines[5:8]] == [*PARTS]
-    assert lines[5][1] == f"{RankingMeta.read(tmp_path / 'set').num_rows['train']}"
+    assert [words[0] for words in lines[1:4]] == ["log", "impressions", "histories"]
+    assert [words[0] for words in lines[6:9]] == [*PARTS]
+    assert lines[6][1] == f"{RankingMeta.read(tmp_path / 'set').num_rows['train']}"
     assert every_part(tmp_path / "set") == by_hand(given, CONFIG)
     assert main([*words, "--label", "taken"]) == 2
     assert "shown.csv: must have a column taken" in capsys.readouterr().err
