@@ -13,9 +13,13 @@ from packaging.utils import canonicalize_name
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 SHIM = tomllib.loads((ROOT / "packaging" / "fbgemm-gpu-shim" / "pyproject.toml").read_text())
+OF_CLUSTERS = "spark"  # the extra whose version a cluster decides
 ASKED = {
     canonicalize_name(requirement.name): requirement
-    for asked in [PROJECT["dependencies"], *PROJECT["optional-dependencies"].values()]
+    for asked in [
+        PROJECT["dependencies"],
+        *(asked for extra, asked in PROJECT["optional-dependencies"].items() if extra != OF_CLUSTERS),
+    ]
     for requirement in map(Requirement, asked)
 }
 
