@@ -9,8 +9,8 @@ STACK := $(shell nvidia-smi -L >/dev/null 2>&1 && echo cuda || echo cpu)
 TORCHREC_1_6 := $(CURDIR)/.venv/torchrec-1.6.1
 # These touch torchrec, and run once more against the older release that is supported.
 TORCHREC_TESTS := tests/data/test_batch.py tests/data/test_batches.py tests/models $(addprefix tests/distributed/test_, \
-  capacity.py checkpoint.py dlrm_pipelines.py optimizers.py pipeline.py plan.py shard.py tables.py vocab_parallel.py) \
-  $(addprefix tests/training/test_, grow.py import_weights.py run.py)
+  capacity.py checkpoint.py dlrm_pipelines.py optimizers.py pipeline.py plan.py shard.py tables.py) \
+  $(addprefix tests/training/test_, import_weights.py run.py)
 
 # Written when an install is complete, so an interrupted one is begun anew. It names the stack and the folder, which a virtual
 # environment does not survive the change of.

@@ -69,6 +69,7 @@ def test_every_model_leaves_figures_and_a_report(interaction, history, config):
     assert (folder / "checkpoints" / "best").is_dir()
 
 
+@pytest.mark.slow
 def test_two_processes_end_where_one_does(data, tmp_path, config):
     alone = train_ranking(config, World())
     spawn(train_shared, 2, run_on(data, tmp_path / "two"))
