@@ -98,12 +98,8 @@ def count_items(
 
 def join_as_of(
     connection: duckdb.DuckDBPyConnection, config: PrepareRankingConfig, cuts: Cuts, vocabulary: Vocabulary
-) -> Values:
-    """Make the tables of coded, raw_users, raw_items and impressions, which is dropped; returns what ids mean.
-
-    Raises:
-        DataError: a categorical column has no value in the training part.
-    """
+) -> None:
+    """Make the tables of coded, raw_users, raw_items and impressions, which is dropped; but for those of values."""
     _offer_functions(connection, vocabulary, config.seed)
     connection.execute("CREATE TABLE items AS SELECT i, row_of(raw) AS item FROM raw_items")
     further = [f"dense_{number}" for number in range(len(config.dense))]
@@ -131,7 +127,6 @@ def join_as_of(
         f"count(*) FILTER (WHERE position IS NULL) OVER ({before}) AS events FROM ({both})) "
         "WHERE position IS NOT NULL AND events > 0"
     )
-    return {name: _number_values(connection, n, name, cuts) for n, name in enumerate(config.categorical)}
 
 
 def _offer_functions(connection: duckdb.DuckDBPyConnection, vocabulary: Vocabulary, seed: int) -> None:
@@ -148,15 +143,26 @@ def _offer_functions(connection: duckdb.DuckDBPyConnection, vocabulary: Vocabula
     connection.create_function("drawn", drawn, ["BIGINT"], "DOUBLE", type=_ARROW)
 
 
-def _number_values(connection: duckdb.DuckDBPyConnection, number: int, name: str, cuts: Cuts) -> pa.Array:
-    """Make values_{number}; id 0 is for no value and for those that training does not have."""
-    connection.execute(
-        f"CREATE TABLE values_{number} AS SELECT value, row_number() OVER (ORDER BY value) AS id FROM (SELECT DISTINCT "
-        f"category_{number} AS value FROM shown WHERE {cuts.holds('train')}) WHERE value IS NOT NULL"
-    )
-    values = connection.sql(f"SELECT value FROM values_{number} ORDER BY id").to_arrow_table()["value"]
-    if not len(values):
-        raise DataError(
-            f"column {name} must hold a value for some impression of the training part, got none; leave it out"
+def number_values(
+    connection: duckdb.DuckDBPyConnection, impressions: Path, config: PrepareRankingConfig, cuts: Cuts
+) -> Values:
+    """Make the tables of values, of shown; id 0 is for no value and for those that training does not have.
+
+    Raises:
+        DataError: a column has no value in the training part.
+    """
+    found = {}
+    for number, name in enumerate(config.categorical):
+        connection.execute(
+            f"CREATE TABLE values_{number} AS SELECT value, row_number() OVER (ORDER BY value) AS id FROM (SELECT "
+            f"DISTINCT category_{number} AS value FROM shown WHERE {cuts.holds('train')}) WHERE value IS NOT NULL"
         )
-    return pa.concat_arrays([pa.nulls(1, pa.large_string()), values.combine_chunks().cast(pa.large_string())])
+        values = connection.sql(f"SELECT value FROM values_{number} ORDER BY id").to_arrow_table()["value"]
+        if not len(values):
+            raise DataError(
+                f"{impressions}: {name} must hold a value for some impression of the training part, got none; leave it "
+                "out"
+            )
+        nothing = pa.nulls(1, pa.large_string())
+        found[name] = pa.concat_arrays([nothing, values.combine_chunks().cast(pa.large_string())])
+    return found

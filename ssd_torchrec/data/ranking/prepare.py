@@ -17,7 +17,7 @@ from ssd_torchrec.data.prepare.core import Counts, code_events
 from ssd_torchrec.data.prepare.log import LogConfig
 from ssd_torchrec.data.prepare.run import LOG, Clock, Step, database, explained, sigterm_unwinds
 from ssd_torchrec.data.prepare.stage import stage
-from ssd_torchrec.data.ranking.as_of import count_items, cut_parts, join_as_of
+from ssd_torchrec.data.ranking.as_of import count_items, cut_parts, join_as_of, number_values
 from ssd_torchrec.data.ranking.folder import ROWS_PER_GROUP, RankingWriter
 from ssd_torchrec.data.ranking.impressions import stage_impressions
 from ssd_torchrec.data.ranking.joined import JoinedImpressions
@@ -80,7 +80,8 @@ def prepare_ranking(
         code_events(connection, ())
         cuts = cut_parts(connection, impressions, config)
         vocabulary = count_items(connection, events, config, cuts)
-        values = join_as_of(connection, config, cuts, vocabulary)
+        join_as_of(connection, config, cuts, vocabulary)
+        values = number_values(connection, impressions, config, cuts)
         joined = JoinedImpressions(connection, folder, config, cuts)
         clock.lap("histories", _count(connection, "told", "u", "i"))
         prepared = _write(joined, output, _numbered(described, vocabulary, values), vocabulary, values)

@@ -352,7 +352,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any], str]] =
     "one-second": ({"timestamp": [BEGIN_S + 9] * 20}, {}, {}, r"each part must hold .* {'train': 0, .*'test': 20}"),
     "late-log": ({}, {"timestamp": [BEGIN_S + 50] * 2}, {}, r"log.parquet: some item must have 1 events .*, none has"),
     "rare": ({}, {}, {"min_count": 2}, r"log.parquet: some item must have 2 events before validation begins"),
-    "no-value": ({"device": [None] * 16 + ["tv"] * 4}, {}, {}, r"column device must hold a value for some impression"),
+    "no-value": ({"device": [None] * 16 + ["tv"] * 4}, {}, {}, r"shown.parquet: device must hold a value for some"),
 }  # fmt: skip
 
 
