@@ -70,6 +70,7 @@ def test_broken(): assert {holds}
 """
 
 
+@pytest.mark.slow
 def test_tests_that_passed_are_not_run_again(tmp_path):
     file = tmp_path / "test_few.py"
     file.write_text(TESTS.format(holds=False))

@@ -67,7 +67,7 @@ def test_scan_is_the_published_one(case, device):
 
 
 @pytest.mark.parametrize("lengths", ROWS.values(), ids=ROWS)
-@pytest.mark.parametrize(("reverse", "groups"), [(False, 1), (True, 2)], ids=["forward", "reverse-in-groups"])
+@pytest.mark.parametrize(("reverse", "groups"), [(False, 1), pytest.param(True, 2, marks=SLOW)])
 def test_kernels_are_as_accurate_as_eager(reverse, groups, lengths, programs, device):
     tensors = on(device, scan_inputs(lengths, heads=HEADS, groups=groups, seed=1))
     assert_accurate(tensors, JaggedLayout.from_lengths(lengths, device), reverse, chunk=16)

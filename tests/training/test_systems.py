@@ -53,7 +53,19 @@ def words_of(component: str, *flags: str) -> list[str]:
     return words[words.index("ssd_torchrec") + 1 :]
 
 
-@pytest.mark.parametrize("system", SYSTEMS)
+PEERS = (
+    "sasrec",
+    "tisasrec",
+    "bert4rec",
+    "gru4rec",
+    "caser",
+    "lrurec",
+)  # whom the state-space systems are held against
+
+
+@pytest.mark.parametrize(
+    "system", [pytest.param(system, marks=[pytest.mark.slow] * (system in PEERS)) for system in SYSTEMS]
+)
 def test_every_system_learns_more_than_what_is_popular(system, data, tmp_path):
     flags = ["-j", "1x1", "--data", str(data), "--output", str(tmp_path), "--name", "run"]
     assert main(words_of(system, *flags, "--", *QUICK)) == 0
@@ -75,6 +87,7 @@ def test_against_items_drawn_for_the_batch_as_much_is_learned(negatives, data, t
         assert result[stage]["ndcg@10"] > 1.5 * result["most_popular"][stage]["ndcg@10"]
 
 
+@pytest.mark.slow
 def test_what_was_learned_at_hidden_items_is_recommended_at_one(data, tmp_path):
     flags = ["-j", "1x1", "--data", str(data), "--output", str(tmp_path), "--name", "run"]
     assert main(words_of("bert4rec", *flags, "--", *QUICK, "--data.max-length", "6")) == 0
