@@ -39,11 +39,20 @@ SPARK = PrepareConfig(engine="spark")
 
 
 @pytest.fixture(scope="module")
-def session():
+def spark():
+    """pyspark.sql, which starts sessions with SETTINGS."""
     sql = pytest.importorskip("pyspark.sql", reason="PySpark is an extra: ssd-torchrec[spark]")
     if not (shutil.which("java") or "JAVA_HOME" in os.environ):
         pytest.skip("Spark needs Java")
-    started = sql.SparkSession.builder.config(map=SETTINGS).getOrCreate()
+    words = " ".join(f"--conf '{name}={value}'" for name, value in SETTINGS.items())
+    with pytest.MonkeyPatch.context() as changed:
+        changed.setenv("PYSPARK_SUBMIT_ARGS", f"{words} pyspark-shell")
+        yield sql
+
+
+@pytest.fixture(scope="module")
+def session(spark):
+    started = spark.SparkSession.builder.getOrCreate()
     yield started
     started.stop()
 
@@ -62,6 +71,15 @@ def set_for_now(session):
     yield to
     for name, value in before.items():
         session.conf.set(name, value)
+
+
+def test_a_session_is_started_for_as_long_as_it_takes(tmp_path, spark, monkeypatch):  # before others start one
+    monkeypatch.chdir(tmp_path)
+    log = write(tmp_path / "log.parquet", table())
+    meta = prepare(log, "set", replace(SPARK, k_core=0))
+    assert spark.SparkSession.getActiveSession() is None
+    assert (meta.name, meta.num_users, meta.num_items, meta.num_events) == ("log", 2, 3, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["log.parquet", "set"]
 
 
 def same_by_both(log, folder, config):
@@ -118,7 +136,7 @@ def typed(log):
 
 
 def test_the_core_of_a_log_of_files_with_columns_of_all_types(tmp_path, session, set_for_now):
-    set_for_now(session__timeZone="America/New_York", ansi__enabled="true", adaptive__enabled="true")
+    set_for_now(session__timeZone="America/New_York", ansi__enabled="true")
     log = typed(drawn(0, num_users=100, num_items=60))
     log = log.set_column(2, "timestamp", log["timestamp"].cast(pa.timestamp("s")).cast(pa.timestamp("ms")))
     names = ["b.parquet", "a-b.parquet", "a/ä ö[1].parquet", "a/{x} %20.pq", "_no/c.parquet", "c.parquet"]
@@ -156,7 +174,7 @@ def test_strings_in_order_of_their_bytes_a_table_of_users_and_float32_times(tmp_
 
 
 def test_rounds_that_shuffle_into_checkpoints_and_blocks_of_few_users(tmp_path, session, set_for_now, monkeypatch):
-    set_for_now(ansi__enabled="false")
+    set_for_now(ansi__enabled="false", adaptive__enabled="true")
     monkeypatch.setattr(spark_module, "_SENT_WHOLE", 0)
     monkeypatch.setattr(spark_module, "_EVENTS_AT_ONCE", 100)
     monkeypatch.setattr(spark_module, "_NAMES_AT_ONCE", 7)
@@ -416,31 +434,23 @@ def test_a_failure_leaves_the_old_data_set_and_nothing_else(tmp_path, session, m
     assert session.conf.get("spark.sql.caseSensitive") == "false"
 
 
-def command(tmp_path, **environment):
-    """The command line in a process of its own, in an empty folder."""
-    log = write(tmp_path / "log.parquet", table())
-    (tmp_path / "here").mkdir()
-    words = ["prepare", str(log), "--output", str(tmp_path / "set"), "--k-core", "0", "--engine", "spark"]
-    settings = " ".join(f"--conf '{name}={value}'" for name, value in SETTINGS.items())
-    environment = os.environ | {"PYSPARK_SUBMIT_ARGS": f"{settings} pyspark-shell"} | environment
-    words = [sys.executable, "-m", "ssd_torchrec", *words]
-    done = subprocess.run(words, cwd=tmp_path / "here", env=environment, capture_output=True, text=True)
-    assert list((tmp_path / "here").iterdir()) == []
-    return done
-
-
-def test_the_command_starts_spark_and_stops_it(tmp_path, session):
-    done = command(tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "data set" in done.stdout
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["here", "log.parquet", "set"]
-
-
-def test_a_machine_without_java_is_told_what_to_install(tmp_path, session):
-    done = command(tmp_path, JAVA_HOME=str(tmp_path / "no-java"))
+def test_a_machine_without_java_is_told_what_to_install(tmp_path, spark):
+    words = [
+        sys.executable,
+        "-m",
+        "ssd_torchrec",
+        "prepare",
+        "log",
+        "--output",
+        str(tmp_path / "set"),
+        "--engine=spark",
+    ]
+    environment = os.environ | {"JAVA_HOME": str(tmp_path / "no-java")}
+    done = subprocess.run(words, cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 2
     assert "ConfigError: the engine spark needs a Spark that starts, but " in done.stderr
     assert "install Java (17 suits every Spark from 3.5)" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_machine_without_pyspark_is_told_what_to_install(tmp_path, monkeypatch):
