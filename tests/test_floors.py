@@ -16,6 +16,7 @@ FLOORS = [
     ["models"],
     ["distributed"],
     ["training", "serving", "doctor"],
+    ["commands"],
     ["__main__", "__init__"],
 ]
 FLOOR = {part: level for level, parts in enumerate(FLOORS) for part in parts}

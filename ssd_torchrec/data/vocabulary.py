@@ -78,11 +78,7 @@ class Vocabulary:
         Raises:
             DataError: an id is known, null, or of another type.
         """
-        more = _as_ids(ids)
-        if not len(more):
-            return self
-        self._check_type(more)
-        return Vocabulary(pa.concat_arrays([self.ids, more]), self.num_oov_buckets)
+        return Vocabulary(pa.concat_arrays([self.ids, self._typed(ids)]), self.num_oov_buckets)
 
     def rows_of(self, raw_ids: RawIds) -> Ints:
         """Table rows of raw ids: (n,) int64; unknown ids share the out-of-vocabulary rows by hash.
@@ -90,10 +86,7 @@ class Vocabulary:
         Raises:
             DataError: an id is null or of another type than the vocabulary's.
         """
-        raw = _as_ids(raw_ids)
-        if not len(raw):
-            return np.zeros(0, np.int64)
-        self._check_type(raw)
+        raw = self._typed(raw_ids)
         hashes = stable_hash(raw)
         at = self._order[np.minimum(np.searchsorted(self._sorted, hashes), len(self) - 1)]
         known = _equal(raw, self.ids.take(pa.array(at)))
@@ -105,11 +98,7 @@ class Vocabulary:
         Raises:
             DataError: an id is null or of another type than the vocabulary's.
         """
-        raw = _as_ids(raw_ids)
-        if not len(raw):
-            return np.zeros(0, np.int64)
-        self._check_type(raw)
-        return self._buckets(stable_hash(raw))
+        return self._buckets(stable_hash(self._typed(raw_ids)))
 
     def ids_of(self, rows: Ints) -> pa.Array:
         """Raw ids of table rows; null for the mask and the out-of-vocabulary rows.
@@ -150,9 +139,11 @@ class Vocabulary:
     def _buckets(self, hashes: Hashes) -> Ints:
         return 1 + (hashes % np.uint64(self.num_oov_buckets)).astype(np.int64)
 
-    def _check_type(self, raw: pa.Array) -> None:
-        if raw.type != self.ids.type:
+    def _typed(self, raw_ids: RawIds) -> pa.Array:
+        raw = _as_ids(raw_ids)
+        if len(raw) and raw.type != self.ids.type:
             raise DataError(f"raw ids must be {self.ids.type} as in the vocabulary, got {raw.type}; cast them")
+        return raw.cast(self.ids.type)
 
     def _refuse_twins(self) -> None:
         twins = np.flatnonzero(self._sorted[1:] == self._sorted[:-1])
@@ -166,6 +157,8 @@ def stable_hash(ids: pa.Array) -> Hashes:
     """(n,) uint64 of int64 or string ids; the same in every process, on every machine."""
     if pa.types.is_int64(ids.type):
         return splitmix64(ids.to_numpy().view(np.uint64))
+    if not len(ids):
+        return np.zeros(0, np.uint64)  # Arrow may leave out the offsets of no strings
     offsets, letters = _buffers(ids)
     lengths = np.diff(offsets)
     place = np.arange(len(letters)) - np.repeat(offsets[:-1], lengths)

@@ -36,6 +36,8 @@ def grow(checkpoint: Path, folder: Path, data: Path) -> CheckpointInfo:
         DataError: there is no data set, or it is damaged.
     """
     info = read_info(checkpoint)
+    if ITEM_WEIGHT not in info.tensors:
+        raise CheckpointError(f"{checkpoint} must be of a next-item model, it has no {ITEM_WEIGHT}; give another one")
     histories = open_dataset(data)
     vocabulary, meta = histories.vocabulary(), histories.meta
     known = info.tensors[ITEM_WEIGHT][1] - vocabulary.first_item

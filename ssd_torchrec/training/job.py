@@ -5,10 +5,10 @@ runs/NAME/config.json  metrics.jsonl  checkpoints/step-00001200/  checkpoints/be
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import asdict, replace
+from dataclasses import asdict, fields, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 from ssd_torchrec.distributed.async_save import AsyncSaver
 from ssd_torchrec.distributed.checkpoint import (
@@ -17,6 +17,7 @@ from ssd_torchrec.distributed.checkpoint import (
     latest_checkpoint,
     load_checkpoint,
     load_weights,
+    read_info,
     save_checkpoint,
 )
 from ssd_torchrec.distributed.checkpoint_files import INFO_FILE
@@ -29,7 +30,11 @@ from ssd_torchrec.training.config import TrainingConfig
 from ssd_torchrec.training.loop import Position, Steps, TrainingLoop
 from ssd_torchrec.training.metrics import SELECTION_METRIC
 from ssd_torchrec.training.observer import RunObserver
-from ssd_torchrec.training.run_folder import as_json, claim
+from ssd_torchrec.training.report import print_results, write_report
+from ssd_torchrec.training.run_folder import as_json, claim, from_json, write_json
+
+C = TypeVar("C")
+_TELLING = {"objective", "model"}  # of a next-item run's config, and of a ranking one's
 
 
 class JobConfig(Protocol):
@@ -195,3 +200,34 @@ def checkpoint_at(path: Path) -> Path:
     raise CheckpointError(
         f"{path} must be a checkpoint or a run that has one; give runs/NAME or a folder in its checkpoints/"
     )
+
+
+def is_of(kind: type, checkpoint: Path) -> bool:
+    """Whether a checkpoint was trained with a config of this class, by the fields that only one class has."""
+    return _TELLING.intersection(read_info(checkpoint).state.config) == _TELLING.intersection(_names(kind))
+
+
+def trained_with(kind: type[C], checkpoint: Path) -> C:
+    """The config of a checkpoint.
+
+    Raises:
+        CheckpointError: it is of another kind of model, or of another version.
+    """
+    if not is_of(kind, checkpoint):
+        raise CheckpointError(
+            f"{checkpoint} must be of a run that has a {kind.__name__}, got one with other fields: next-item and "
+            "ranking models do not take each other's checkpoints; give a run of the same kind"
+        )
+    return from_json(kind, read_info(checkpoint).state.config)
+
+
+def leave(folder: Path, result: dict[str, Any]) -> None:
+    """Write result.json and report.html of a run, and print its figures."""
+    write_json(folder / "result.json", result)
+    write_report(folder)
+    print_results(result)
+    print(f"{folder}/ holds result.json, report.html and checkpoints/")
+
+
+def _names(kind: Any) -> set[str]:
+    return {field.name for field in fields(kind)}

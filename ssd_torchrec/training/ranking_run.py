@@ -20,7 +20,7 @@ from ssd_torchrec.data.ranking.batches import RankingBatches
 from ssd_torchrec.data.ranking.clicks import ClicksConfig, generate_clicks
 from ssd_torchrec.data.ranking.folder import RankingPart
 from ssd_torchrec.data.ranking.schema import META_FILE, PARTS, Part, RankingMeta, times_of
-from ssd_torchrec.distributed.checkpoint import installed_versions, read_info
+from ssd_torchrec.distributed.checkpoint import installed_versions, load_weights
 from ssd_torchrec.distributed.process import World, all_or_none
 from ssd_torchrec.distributed.shard import Trainable, Workload, shard
 from ssd_torchrec.distributed.tables import seed_of
@@ -28,13 +28,12 @@ from ssd_torchrec.encoders.registry import name_of
 from ssd_torchrec.errors import ConfigError, DataError
 from ssd_torchrec.models.ranking import RankingModel, tables_for, with_histories
 from ssd_torchrec.training.build import AUTOCAST
-from ssd_torchrec.training.job import Job, start_of
+from ssd_torchrec.training.job import Job, checkpoint_at, leave, start_of, trained_with
 from ssd_torchrec.training.loop import Position
 from ssd_torchrec.training.provenance import git_commit, peak_memory_gib
 from ssd_torchrec.training.ranking_config import RankingRunConfig
 from ssd_torchrec.training.ranking_metrics import SELECTION, assess
-from ssd_torchrec.training.report import print_results, write_report
-from ssd_torchrec.training.run_folder import from_json, write_json
+from ssd_torchrec.training.report import print_results
 
 DEFAULT_DATA = "data/clicks"  # below the output folder
 EVALUATED: tuple[Part, Part] = ("valid", "test")
@@ -57,17 +56,41 @@ def train_ranking(config: RankingRunConfig, world: World) -> dict[str, Any]:
     folder = Path(config.output) / config.name
     if config.model.history == "encoder" and config.encoder.reads_time:
         start = start_of(config.training, folder)
-        gaps = start and from_json(RankingRunConfig, read_info(start).state.config).encoder.gaps
+        gaps = start and trained_with(RankingRunConfig, start).encoder.gaps
         gaps = gaps or _gap_statistics(RankingPart(data, "train"))
         config = replace(config, encoder=config.encoder.with_gaps(*gaps))
     run = RankingRun(config, folder, data, world)
     position, rows_per_s = run.run("training")
     result = run.result(position, rows_per_s)
     if world.rank == 0:
-        write_json(folder / "result.json", result)
-        write_report(folder)
+        leave(folder, result)
+    return result
+
+
+def evaluate_ranking(path: Path, data_path: str, world: World) -> dict[str, Any]:
+    """Judge a checkpoint on the validation and test parts, and print the table. Collective.
+
+    Args:
+        path: a checkpoint or a run.
+        data_path: the data set; empty for the one of the run. Its ids must be the checkpoint's.
+
+    Returns:
+        "model", "data", and figures by part, as in result.json.
+
+    Raises:
+        CheckpointError: there is none, it is of no ranking model, of another data set's ids, or damaged.
+    """
+    checkpoint = checkpoint_at(path)
+    config = trained_with(RankingRunConfig, checkpoint)
+    training = replace(config.training, async_save=False)
+    if world.device.type == "cpu":
+        training = replace(training, precision="fp32")
+    config = replace(config, training=training, data=replace(config.data, path=data_path or config.data.path))
+    run = RankingRun(config, path, _data_folder(config, world), world)
+    load_weights(checkpoint, run.trainable, vocabulary=run.vocabulary)
+    result = {"model": _model_name(config), "data": run.meta.name, **run.figures()}
+    if world.rank == 0:
         print_results(result)
-        print(f"{folder}/ holds result.json, report.html and checkpoints/")
     return result
 
 
@@ -118,7 +141,7 @@ class RankingRun(Job):
             "world_size": self.world.size,
             "device": self.world.device.type,
             "selection": self.selection,
-            **{part: self._assess(part) for part in EVALUATED},
+            **self.figures(),
             "train_rows_per_s": rows_per_s,
             "epoch_s": self.meta.num_rows["train"] / max(rows_per_s, 1e-9),
             "peak_memory_gib": peak_memory_gib(self.world.device),
@@ -127,6 +150,10 @@ class RankingRun(Job):
             "versions": installed_versions(),
             "git_commit": git_commit(),
         }
+
+    def figures(self) -> dict[str, dict[str, float]]:
+        """Of the validation and the test part."""
+        return {part: self._assess(part) for part in EVALUATED}
 
     def _assess(self, part: Part) -> dict[str, float]:
         module = self.trainable.module

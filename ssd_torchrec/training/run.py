@@ -9,11 +9,7 @@ from typing import Any
 from ssd_torchrec.data.batch import Batch
 from ssd_torchrec.data.split import Stage
 from ssd_torchrec.data.statistics import log_gap_statistics, unknown_targets
-from ssd_torchrec.distributed.checkpoint import (
-    installed_versions,
-    load_weights,
-    read_info,
-)
+from ssd_torchrec.distributed.checkpoint import installed_versions, load_weights
 from ssd_torchrec.distributed.collectives import sum_over_ranks
 from ssd_torchrec.distributed.process import World
 from ssd_torchrec.distributed.scoring import scores_in_place
@@ -27,11 +23,10 @@ from ssd_torchrec.training.build import build
 from ssd_torchrec.training.config import EvaluationConfig, RunConfig
 from ssd_torchrec.training.evaluate import evaluate
 from ssd_torchrec.training.histories import Histories
-from ssd_torchrec.training.job import Job, checkpoint_at, start_of
+from ssd_torchrec.training.job import Job, checkpoint_at, leave, start_of, trained_with
 from ssd_torchrec.training.loop import Position
 from ssd_torchrec.training.provenance import git_commit, peak_memory_gib
-from ssd_torchrec.training.report import print_results, write_report
-from ssd_torchrec.training.run_folder import from_json, write_json
+from ssd_torchrec.training.report import print_results
 
 STAGES: tuple[Stage, Stage] = ("valid", "test")
 WITHOUT_TIME = "without-time"  # folder of the second training, in the run's
@@ -53,7 +48,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
     folder = Path(config.output) / config.name
     if config.encoder.reads_time:
         start = start_of(config.training, folder)
-        gaps = start and from_json(RunConfig, read_info(start).state.config).encoder.gaps  # what its weights know
+        gaps = start and trained_with(RunConfig, start).encoder.gaps  # what its weights know
         gaps = gaps or log_gap_statistics(data.histories, data.spans)
         config = replace(config, encoder=config.encoder.with_gaps(*gaps))
     result = Run(config, folder, data, world).train("with time" if config.also_without_time else "training")
@@ -64,10 +59,7 @@ def train(config: RunConfig, world: World) -> dict[str, Any]:
         result["without_time"] = {stage: other[stage] for stage in STAGES}
         result["attainable_without_time"] = data.attainable(config.data, config.evaluation, timed=False)
     if world.rank == 0:
-        write_json(folder / "result.json", result)
-        write_report(folder)
-        print_results(result)
-        print(f"{folder}/ holds result.json, report.html and checkpoints/")
+        leave(folder, result)
     return result
 
 
@@ -174,8 +166,11 @@ def config_of(checkpoint: Path, data_path: str, world: World) -> RunConfig:
 
     Args:
         data_path: another data set; empty for the one it was trained on.
+
+    Raises:
+        CheckpointError: it is of no next-item model.
     """
-    config = from_json(RunConfig, read_info(checkpoint).state.config)
+    config = trained_with(RunConfig, checkpoint)
     config = replace(config, objective=replace(config.objective, scored="auto"))  # the way of a split table's loss
     if data_path:
         config = replace(config, data=replace(config.data, path=data_path))

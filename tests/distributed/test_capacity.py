@@ -91,6 +91,15 @@ def test_bags_over_machines_take_what_torchrec_says(kind, monkeypatch):
     }[kind]
 
 
+def test_the_command_plans_bags_over_machines(capsys):
+    words = ["plan", "--items", "1000000", "--ranks", "16", "--memory-gib", "16", "--context", "city", "50000"]
+    assert main([*words, "--by-table", "city", "grid_shard"]) == 0
+    printed = capsys.readouterr().out
+    assert "city: 50,000 rows x 64, grid_shard fused, adam; up to 6,250 rows x 32 on each of ranks 0-15" in printed
+    assert main([*words, "--by-table", "item", "grid_shard"]) == 2
+    assert "grid_shard is for pooled tables, got item" in capsys.readouterr().err
+
+
 def test_machines_are_asked_for_whole():
     city = {"city": 80_000_000}  # x 64 x 12 bytes: 57.2 GiB on the ranks of one machine
     request = replace(SMALL, context=city, ranks=8, ranks_per_machine=4, memory_gib=20)

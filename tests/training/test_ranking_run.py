@@ -22,7 +22,7 @@ from ssd_torchrec.training.config import TrainingConfig
 from ssd_torchrec.training.job import checkpoint_at
 from ssd_torchrec.training.ranking_config import RankingDataConfig, RankingModelConfig, RankingRunConfig
 from ssd_torchrec.training.ranking_metrics import assess
-from ssd_torchrec.training.ranking_run import train_ranking
+from ssd_torchrec.training.ranking_run import evaluate_ranking, train_ranking
 from tests.distributed.world import spawn
 
 SMALL = ClicksConfig(num_rows=1200, longest=8)
@@ -84,6 +84,28 @@ def test_two_processes_end_where_one_does(data, tmp_path, config):
 
 def train_shared(world: World, config: RankingRunConfig) -> None:
     train_ranking(config, world)
+
+
+def test_evaluating_a_run_gives_the_figures_it_ended_with(config, data, capsys):
+    result = train_ranking(config, World())
+    run = Path(config.output) / "run"
+    again = evaluate_ranking(run, "", World())
+    assert {part: again[part] for part in ("valid", "test")} == {part: result[part] for part in ("valid", "test")}
+    assert main(["evaluate", str(run), "--data", str(data)]) == 0
+    assert f"{result['test']['auc']:.4f}" in capsys.readouterr().out
+
+
+def test_next_item_and_ranking_models_do_not_take_each_others_checkpoints(config, data, tmp_path, capsys):
+    train_ranking(config, World())
+    run = str(Path(config.output) / "run")
+    for words in (
+        ["recommend", run, "users.csv", "--output", "x.parquet"],
+        ["train", "tim4rec", "--training.resume", run],
+    ):
+        assert main([*words, *(["--output", str(tmp_path / "other")] if words[0] == "train" else [])]) == 2
+        assert "next-item and ranking models do not take each other's checkpoints" in capsys.readouterr().err
+    assert main(["grow", run, str(tmp_path / "grown"), "--data", str(data)]) == 2
+    assert "must be of a next-item model" in capsys.readouterr().err
 
 
 def test_a_run_goes_on_where_it_was_left(config):

@@ -103,7 +103,7 @@ def test_a_checkpoint_of_a_bf16_run_is_used_in_fp32_on_a_cpu(finished, monkeypat
     info = read_info(best)
     training = info.state.config["training"] | {"precision": "bf16"}
     in_bf16 = replace(info, state=replace(info.state, config=info.state.config | {"training": training}))
-    monkeypatch.setattr("ssd_torchrec.training.run.read_info", lambda _: in_bf16)
+    monkeypatch.setattr("ssd_torchrec.training.job.read_info", lambda _: in_bf16)
     assert config_of(best, "", World()).training.precision == "fp32"
     on_gpu = World(device=torch.device("cuda"))
     assert config_of(best, "elsewhere", on_gpu).training.precision == "bf16"

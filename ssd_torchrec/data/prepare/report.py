@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from ssd_torchrec.data.prepare.run import LOG, Step
+from ssd_torchrec.data.prepare.database import LOG, Step
 from ssd_torchrec.data.schema import DatasetMeta
 
 _LINE = "{:<16}{:>14}{:>14}{:>16}{:>10}"

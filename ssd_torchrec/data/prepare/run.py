@@ -3,23 +3,15 @@
 duckdb works out of core in a database of its own, which is removed at the end; spark on the cluster of its session.
 """
 
-import re
-import signal
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from types import FrameType
-from typing import Any, Literal
-
-import duckdb
-import pyarrow as pa
+from typing import Literal
 
 from ssd_torchrec.data.prepare.assemble import TIME, Extras, Left, Order, assemble
 from ssd_torchrec.data.prepare.core import Counts, code_events, k_core
+from ssd_torchrec.data.prepare.database import LOG, Clock, DatabaseConfig, Step, database, explained, sigterm_unwinds
 from ssd_torchrec.data.prepare.known import Known
 from ssd_torchrec.data.prepare.log import LogConfig
 from ssd_torchrec.data.prepare.spark import SparkCore
@@ -29,13 +21,11 @@ from ssd_torchrec.data.prepare.stage import stage
 from ssd_torchrec.data.schema import DatasetMeta, RawType, check_names
 from ssd_torchrec.data.scratch import scratch_folder
 from ssd_torchrec.data.writer import DatasetWriter, check_target
-from ssd_torchrec.errors import ConfigError, DataError
-
-LOG = "log"  # the step that comes first
+from ssd_torchrec.errors import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareConfig:
+class PrepareConfig(DatabaseConfig):
     """How a log becomes a data set."""
 
     log: LogConfig = field(default_factory=LogConfig)
@@ -63,35 +53,18 @@ class PrepareConfig:
     """What works on the log; both make the same data set. duckdb: this machine, out of core. spark: the cluster of
     spark-submit or of the session that is there, else this machine; for Parquet, as paths or URLs that Spark knows."""
 
-    memory_limit: str = "1GiB"
-    """What duckdb may take before it spills to disk; the process needs some 0.5 GiB beside it."""
-
-    threads: int = 0
-    """Threads of duckdb; 0: one a core."""
-
-    temporary: str = ""
-    """Folder for what duckdb has no memory for, up to some times the log; empty: beside the output."""
-
     def __post_init__(self) -> None:
-        if not re.fullmatch(r"[0-9]+(\.[0-9]+)?(MiB|GiB|TiB|MB|GB|TB)", self.memory_limit):
-            raise ConfigError(f"memory_limit must be a number and its unit, got {self.memory_limit!r}; write 2GiB")
-        for name, least in {"k_core": 0, "num_oov_buckets": 1, "threads": 0}.items():
+        super().__post_init__()
+        for name, least in {"k_core": 0, "num_oov_buckets": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(
                     f"{name} must be at least {least}, got {getattr(self, name)}; leave it at its default"
                 )
-        for name in ("memory_limit", "threads", "temporary") if self.engine == "spark" else ():
-            if getattr(self, name) != getattr(PrepareConfig, name):
-                raise ConfigError(f"{name} is for the engine duckdb, Spark has settings of its own; leave it out")
-
-
-@dataclass(frozen=True)
-class Step:
-    """What prepare has come to."""
-
-    name: str
-    counts: Counts
-    elapsed_s: float  # since the step before
+        for of_duckdb in fields(DatabaseConfig) if self.engine == "spark" else ():
+            if getattr(self, of_duckdb.name) != of_duckdb.default:
+                raise ConfigError(
+                    f"{of_duckdb.name} is for the engine duckdb, Spark has settings of its own; leave it out"
+                )
 
 
 def prepare(
@@ -118,7 +91,7 @@ def prepare(
     extras = Extras(event=config.log.event_columns, user=config.log.user_columns, of_users_table=bool(config.log.users))
     check_names(list(extras.names))
     known = Known.of(Path(config.extends), extras.names) if config.extends else None
-    beside = Path(config.temporary).absolute() / output.name if config.temporary else output
+    beside = config.beside(output)
     clock = Clock(on_step)
     asked = _Asked(config, extras, known, clock)
     engine = _on_spark(str(log), asked) if config.engine == "spark" else _on_duckdb(Path(log), beside, asked)
@@ -131,7 +104,7 @@ class _Asked:
     config: PrepareConfig
     extras: Extras
     known: Known | None
-    clock: "Clock"
+    clock: Clock
 
     @property
     def float32_time(self) -> bool:
@@ -171,7 +144,7 @@ def _on_spark(log: str, asked: _Asked) -> Iterator[Left]:
         yield core.assemble(asked.extras, config.order, asked.num_oov_buckets, asked.known)
 
 
-def _written(left: Left, output: Path, name: str, clock: "Clock") -> DatasetMeta:
+def _written(left: Left, output: Path, name: str, clock: Clock) -> DatasetMeta:
     with DatasetWriter(
         output,
         name=name,
@@ -186,75 +159,3 @@ def _written(left: Left, output: Path, name: str, clock: "Clock") -> DatasetMeta
         meta = writer.finish()
     clock.lap("data set", Counts(meta.num_users, meta.num_items, meta.num_events))
     return meta
-
-
-def database(folder: Path, config: PrepareConfig) -> duckdb.DuckDBPyConnection:
-    """A database in a folder, which also takes what there is no memory for."""
-    settings: dict[str, Any] = {"memory_limit": config.memory_limit, "temp_directory": str(folder / "spill")}
-    if config.threads:
-        settings["threads"] = config.threads
-    connection = duckdb.connect(str(folder / "log.duckdb"), config=settings)
-    connection.execute("SET enable_progress_bar = false")
-    return connection
-
-
-class Clock:
-    """Tells of each step how long it took."""
-
-    def __init__(self, on_step: Callable[[Step], None]) -> None:
-        self._on_step, self._last = on_step, time.monotonic()
-
-    def lap(self, name: str, counts: Counts) -> None:
-        """Tell of a step that ends now."""
-        before, self._last = self._last, time.monotonic()
-        self._on_step(Step(name, counts, self._last - before))
-
-
-@contextmanager
-def explained(output: Path, temporary: Path, config: PrepareConfig) -> Iterator[None]:
-    """Errors of the disk and of the database in our words."""
-    try:
-        yield
-    except duckdb.OutOfMemoryException as error:
-        raise ConfigError(
-            f"memory_limit must suffice for this log, {config.memory_limit} did not: {_first_line(error)}; raise it, "
-            f"lower --threads, or free space in {temporary}"
-        ) from error
-    except duckdb.InterruptException:
-        raise
-    except (OSError, pa.ArrowException, duckdb.Error) as error:
-        raise DataError(
-            f"{output} and {temporary} must take what prepare writes, but {_first_line(error)}; free space there, or "
-            "give another --output or --temporary"
-        ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).partition("\n")[0]
-
-
-@contextmanager
-def sigterm_unwinds() -> Iterator[None]:
-    """Let SIGTERM clean up before it ends the process, with the status of a process it ended."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals are the main thread's
-        return
-    terminated = False
-
-    def unwind(_signal: int, _frame: FrameType | None) -> None:
-        nonlocal terminated
-        terminated = True
-        sys.exit(128 + signal.SIGTERM)
-
-    previous = signal.signal(signal.SIGTERM, unwind)
-    try:
-        yield
-    except (RuntimeError, duckdb.InterruptException) as error:
-        # how duckdb passes on what a signal handler raised
-        if isinstance(error, RuntimeError) and str(error) != "Query interrupted":
-            raise
-        if terminated:
-            sys.exit(128 + signal.SIGTERM)
-        raise KeyboardInterrupt from error
-    finally:
-        signal.signal(signal.SIGTERM, previous)

@@ -14,8 +14,8 @@ import duckdb
 import numpy as np
 
 from ssd_torchrec.data.prepare.core import Counts, code_events
+from ssd_torchrec.data.prepare.database import LOG, Clock, Step, database, explained, sigterm_unwinds
 from ssd_torchrec.data.prepare.log import LogConfig
-from ssd_torchrec.data.prepare.run import LOG, Clock, Step, database, explained, sigterm_unwinds
 from ssd_torchrec.data.prepare.stage import stage
 from ssd_torchrec.data.ranking.as_of import count_items, cut_parts, join_as_of, number_values
 from ssd_torchrec.data.ranking.folder import ROWS_PER_GROUP, RankingWriter
@@ -64,13 +64,13 @@ def prepare_ranking(
     impressions, events, output = Path(impressions), Path(events), Path(output).absolute()
     described = _described(config.name or impressions.resolve().name.split(".")[0] or "impressions", config)
     RankingWriter(output, described)  # refuses a target that is none, before any work
-    beside = Path(config.temporary).absolute() / output.name if config.temporary else output
+    beside = config.beside(output)
     clock = Clock(on_step)
     with (
         sigterm_unwinds(),
-        explained(output, beside.parent, config.engine),
+        explained(output, beside.parent, config),
         scratch_folder(beside, "spill") as folder,
-        closing(database(folder, config.engine)) as connection,
+        closing(database(folder, config)) as connection,
     ):
         log = stage(connection, events, LogConfig(**vars(config.log)))
         clock.lap(LOG, _count(connection, "events", "user_id", "item"))

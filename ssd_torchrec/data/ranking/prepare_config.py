@@ -3,8 +3,8 @@
 from dataclasses import dataclass, field
 from math import isfinite
 
+from ssd_torchrec.data.prepare.database import DatabaseConfig
 from ssd_torchrec.data.prepare.log import FilesConfig
-from ssd_torchrec.data.prepare.run import PrepareConfig
 from ssd_torchrec.data.ranking.schema import RESERVED, times_of
 from ssd_torchrec.errors import ConfigError
 
@@ -38,7 +38,7 @@ class ImpressionsConfig(FilesConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PrepareRankingConfig(ImpressionsConfig):
+class PrepareRankingConfig(ImpressionsConfig, DatabaseConfig):
     """The impressions, the log, and what is made of them."""
 
     log: FilesConfig = field(default_factory=FilesConfig)
@@ -82,17 +82,9 @@ class PrepareRankingConfig(ImpressionsConfig):
     seed: int = 0
     """Decides which of them are kept, with their place among the impressions."""
 
-    memory_limit: str = PrepareConfig.memory_limit
-    """What duckdb may take before it spills to disk; the process needs some 0.5 GiB beside it."""
-
-    threads: int = 0
-    """Threads of duckdb; 0: one a core."""
-
-    temporary: str = ""
-    """Folder for what duckdb has no memory for, up to some times the log; empty: beside the output."""
-
     def __post_init__(self) -> None:
-        super().__post_init__()
+        ImpressionsConfig.__post_init__(self)
+        DatabaseConfig.__post_init__(self)
         for name, least in {"max_history": 1, "delay_s": 0, "num_oov_buckets": 1, "min_count": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(
@@ -107,7 +99,6 @@ class PrepareRankingConfig(ImpressionsConfig):
                 f"the history, dense and categorical columns must differ from each other and from "
                 f"{[*RESERVED, CANDIDATE]}, got {taken} twice; rename them"
             )
-        _ = self.engine
 
     def _check_parts(self) -> None:
         shares, begins = (self.valid_share, self.test_share), (self.valid_from, self.test_from)
@@ -124,12 +115,3 @@ class PrepareRankingConfig(ImpressionsConfig):
             )
         if shares != (PrepareRankingConfig.valid_share, PrepareRankingConfig.test_share):
             raise ConfigError("valid_share and test_share must be left out where valid_from and test_from are given")
-
-    @property
-    def engine(self) -> PrepareConfig:
-        """How duckdb works on it.
-
-        Raises:
-            ConfigError: its memory or threads cannot be.
-        """
-        return PrepareConfig(memory_limit=self.memory_limit, threads=self.threads, temporary=self.temporary)
