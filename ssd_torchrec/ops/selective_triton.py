@@ -21,6 +21,7 @@ Source: Gu & Dao 2023, arXiv:2312.00752, section 3.3.2.
 """
 
 import math
+from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -54,6 +55,12 @@ LINKED_AT_ONCE = 8
 
 LINK_BLOCK = 128
 """Numbers of a state that a program links."""
+
+BYTES_OF_FP32 = 4
+
+GRADIENT_BYTES = 2**30
+"""What the blocks of channels whose gradients are computed at once may leave in memory beside them; one block is always
+taken. All blocks at once would leave over 30 KiB an event at 512 channels of state 64, thirty times the event."""
 
 
 @triton.jit
@@ -317,7 +324,7 @@ def _link_kernel(
         tl.store(last_ptr + row * (E * N) + at, state, mask=in_state)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_block", "blocks"])
 def _gradient_kernel(
     dy_ptr,
     x_ptr,
@@ -340,6 +347,8 @@ def _gradient_kernel(
     B_share_ptr,
     C_share_ptr,
     channel_share_ptr,
+    first_block,
+    blocks,
     rows,
     dy_stride,
     x_stride,
@@ -357,11 +366,13 @@ def _gradient_kernel(
     LN: tl.constexpr,
     LE: tl.constexpr,
 ):
-    """All gradients of one row, or piece, and the channels of one block, given what comes into it from either side."""
-    BLOCKS: tl.constexpr = (E + RE * LE - 1) // (RE * LE)
-    block = tl.program_id(0) % BLOCKS
-    unit = (tl.program_id(0) // BLOCKS).to(tl.int64)
-    tile = _tile(block, RN, RE, LN, LE)
+    """All gradients of one row, or piece, and the channels of one block, given what comes into it from either side.
+
+    Of all blocks, this launch has `blocks` from `first_block` on; states and shares of B and C are scratch of theirs.
+    """
+    block = tl.program_id(0) % blocks
+    unit = (tl.program_id(0) // blocks).to(tl.int64)
+    tile = _tile(first_block + block, RN, RE, LN, LE)
     n, e = tile[0], tile[1]
     in_n, in_e = n < N, e < E
     keys = tl.broadcast_to(n, [RN, 1, LN, LE])  # of B and C: these too in every lane that works on them
@@ -370,7 +381,9 @@ def _gradient_kernel(
     span = _span(offsets_ptr, rows, unit, PIECE)
     row, begin, length = span[0], span[1], span[2]
     chunks = tl.cdiv(length, CHUNK)
-    states_ptr += (begin // CHUNK + row) * (E * N)
+    width = blocks * (RE * LE)
+    in_kept = n * width + e - first_block * (RE * LE)
+    states_ptr += (begin // CHUNK + row) * (width * N)
     A = _load(A_ptr, in_row, in_state) * LOG2_E
     bias, skip = _load_given(dt_bias_ptr, e, in_e), _load_given(D_ptr, e, in_e)
     once = in_e & (tl.arange(0, LN) == 0)[None, None, :, None]  # of the lanes that hold a channel, the one that stores
@@ -380,7 +393,7 @@ def _gradient_kernel(
         state = _load(first_ptr + unit * (E * N), in_row, in_state)
     for step in range(0, chunks):
         chunk = chunks - 1 - step if REVERSE else step
-        tl.store(states_ptr + (begin * 0 + chunk) * (E * N) + in_row, state, mask=in_state)  # in int64
+        tl.store(states_ptr + (begin * 0 + chunk) * (width * N) + in_kept, state, mask=in_state)  # in int64
         onwards = tl.where(step + 1 < chunks, CHUNK, 0)  # what the last chunk hands on is not needed
         for j in range(0, onwards):
             i = chunk * CHUNK + (CHUNK - 1 - j if REVERSE else j)
@@ -400,7 +413,7 @@ def _gradient_kernel(
     dskip = tl.zeros([1, RE, LN, LE], tl.float32)
     for step in range(0, chunks):
         chunk = step if REVERSE else chunks - 1 - step
-        state = _load(states_ptr + (begin * 0 + chunk) * (E * N), in_row, in_state)
+        state = _load(states_ptr + (begin * 0 + chunk) * (width * N), in_kept, in_state)
         states = (state,)  # before the chunk, then after each of its events
         for j in tl.static_range(CHUNK):
             i = chunk * CHUNK + (CHUNK - 1 - j if REVERSE else j)
@@ -429,7 +442,7 @@ def _gradient_kernel(
             raw = _load(dt_ptr + t * dt_stride, e, in_e & here) + bias
             delta = tl.where(here, _softplus(raw), 0.0)
             dstate += dv * C
-            share_at = (t * BLOCKS + block) * N + n
+            share_at = (t * blocks + block) * N + n
             tl.store(C_share_ptr + share_at, _over_channels(dv * states[CHUNK - j]), mask=in_n & here)
             tl.store(B_share_ptr + share_at, _over_channels((delta * x) * dstate), mask=in_n & here)
             du = _over_states(dstate * B)
@@ -463,8 +476,20 @@ def _gradient_tile(state: int) -> dict[str, int]:
     return {"RN": in_lane, "RE": min(16 // in_lane, 4), "LN": padded // in_lane, "LE": 32 * in_lane // padded}
 
 
+def _width(tile: dict[str, int]) -> int:
+    """Channels of a block."""
+    return tile["RE"] * tile["LE"]
+
+
 def _blocks(channels: int, tile: dict[str, int]) -> int:
-    return math.ceil(channels / (tile["RE"] * tile["LE"]))
+    return math.ceil(channels / _width(tile))
+
+
+def _portions(blocks: int, bytes_each: int) -> Iterator[range]:
+    """Blocks that keep to `GRADIENT_BYTES` together."""
+    at_once = max(1, GRADIENT_BYTES // bytes_each)
+    for start in range(0, blocks, at_once):
+        yield range(start, min(start + at_once, blocks))
 
 
 def _piece(events: int, blocks: int, longest: int) -> int:
@@ -636,32 +661,38 @@ def _launch_backward(
     piece = _piece(len(x), blocks, longest)
     units = num_slots(len(x), given.rows, piece) if piece else given.rows
     A_shares, channel_shares = given.scratch(units, *given.A.shape), given.scratch(units, 2, x.shape[1])
-    B_shares, C_shares = given.scratch(2, len(x), blocks, B.shape[1])
+    dB, dC = (torch.zeros(B.shape, dtype=torch.float32, device=x.device) for _ in "BC")
     if x.numel():
         with torch.cuda.device_of(x):
             dfirst = dinitial
             if piece:
                 first = _link_pieces(given, first, None, reverse)
                 dlast, dfirst = _link_pieces(given, dlast, dfirst, reverse, dy), None
-            _gradient_kernel[units * blocks,](
-                dy,
-                *given,
-                first,
-                dlast,
-                given.scratch(num_slots(len(x), given.rows, CHUNK), *given.A.shape),
-                dx,
-                ddt,
-                dz,
-                dfirst,
-                A_shares,
-                B_shares,
-                C_shares,
-                channel_shares,
-                given.rows,
-                dy.stride(0),
-                *given.strides,
-                **given.options(CHUNK=CHUNK, PIECE=piece, REVERSE=reverse, **tile),
-            )
+            chunks = num_slots(len(x), given.rows, CHUNK)
+            for blocks_here in _portions(blocks, BYTES_OF_FP32 * B.shape[1] * (2 * len(x) + chunks * _width(tile))):
+                shares = given.scratch(2, len(x), len(blocks_here), B.shape[1])
+                _gradient_kernel[units * len(blocks_here),](
+                    dy,
+                    *given,
+                    first,
+                    dlast,
+                    given.scratch(chunks, len(blocks_here) * _width(tile), B.shape[1]),
+                    dx,
+                    ddt,
+                    dz,
+                    dfirst,
+                    A_shares,
+                    shares[0],
+                    shares[1],
+                    channel_shares,
+                    blocks_here.start,
+                    len(blocks_here),
+                    given.rows,
+                    dy.stride(0),
+                    *given.strides,
+                    **given.options(CHUNK=CHUNK, PIECE=piece, REVERSE=reverse, **tile),
+                )
+                dB, dC = dB.add_(shares[0].sum(1)), dC.add_(shares[1].sum(1))
     else:
         A_shares, channel_shares = A_shares.zero_(), channel_shares.zero_()
         if dinitial is not None:
@@ -671,8 +702,8 @@ def _launch_backward(
         dx,
         ddt,
         _turned(A_shares.sum(0)).to(A.dtype),
-        B_shares.sum(1).to(B.dtype),
-        C_shares.sum(1).to(C.dtype),
+        dB.to(B.dtype),
+        dC.to(C.dtype),
         _like(dt_bias, ddt_bias, x),
         _like(D, dD, x),
         _like(z, dz, x),
