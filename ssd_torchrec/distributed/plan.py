@@ -7,7 +7,7 @@
 Of pooled tables alone, for whom ranks that share a machine add up first what they then send to other machines:
 
     table_row_wise   the ranks of one machine hold a range of rows each
-    grid_shard       every machine holds a range of columns, its ranks a range of rows of it; CUDA alone
+    grid_shard       every machine holds a range of columns, its ranks a range of rows of it; sums alone
 
 What TorchRec 1.6 to 1.8 accepts but computes wrongly is refused here, each with its reason.
 """
@@ -22,7 +22,7 @@ from typing import Any, Literal
 import torch
 import torch.distributed as dist
 from torch import nn
-from torchrec import EmbeddingBagConfig
+from torchrec import EmbeddingBagConfig, PoolingType
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
@@ -63,8 +63,8 @@ class ShardingConfig:
 
     by_table: dict[str, BagSplit] = field(default_factory=dict)
     """Tables that are split differently, by table name; table_row_wise and grid_shard are for pooled ones. A pooled
-    table that is row_wise or table_row_wise on CPU needs ranks that bring equally many rows to every batch: gloo cannot
-    gather its gradient from unequal ones. grid_shard is refused on CPU, where TorchRec computes it wrongly."""
+    table that is split by rows on CPU needs ranks that bring equally many rows to every batch: gloo cannot gather its
+    gradient from unequal ones. grid_shard is refused for tables that take a mean, which TorchRec computes wrongly."""
 
     optimizer: Literal["auto", "sgd", "adagrad", "rowwise_adagrad", "adam"] = "auto"
     """What updates the tables. auto: adam (as in the papers) for whole tables and on CUDA; on CPU, where FBGEMM has no
@@ -232,9 +232,10 @@ def _check_machines(table: TableConfig, split: str, ranks: Ranks) -> None:
         raise ConfigError(
             f"{split} is for pooled tables, got {table.name}, whose events TorchRec cannot look up so; take row_wise"
         )
-    if split == "grid_shard" and ranks.device.type == "cpu":
+    if split == "grid_shard" and table.pooling == PoolingType.MEAN:
         raise ConfigError(
-            f"grid_shard is computed wrongly by TorchRec on CPU, got it for {table.name}; take table_row_wise"
+            f"grid_shard is for tables that sum the rows of a bag, got {table.name}, which takes their mean: TorchRec "
+            "would add up a mean of each rank; take table_row_wise"
         )
     if ranks.count % ranks.of_machine:
         raise ConfigError(
@@ -254,7 +255,7 @@ class RowWiseBagSharder(EmbeddingBagCollectionSharder):
 
     def sharding_types(self, compute_device_type: str) -> list[str]:
         types = super().sharding_types(compute_device_type)
-        by_rows = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value)
+        by_rows = (ShardingType.ROW_WISE.value, ShardingType.TABLE_ROW_WISE.value, ShardingType.GRID_SHARD.value)
         return [*types, *(split for split in by_rows if split not in types)]
 
 

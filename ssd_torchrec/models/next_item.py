@@ -12,7 +12,7 @@ The forward below is the only code that TorchRec's pipeline traces symbolically.
 (the tower, the loss) is a leaf to the tracer and may do as it likes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -67,17 +67,21 @@ class TablesConfig:
 
 
 class QueryTower(nn.Module):
-    """What each event asks for: the encoded history so far, shifted by the user's context."""
+    """What each event asks for: the encoded history so far, shifted by the user's context, a mean over each bag."""
 
-    def __init__(self, encoder: Encoder, num_contexts: int, autocast_dtype: torch.dtype | None = None) -> None:
+    def __init__(self, encoder: Encoder, contexts: Sequence[str], autocast_dtype: torch.dtype | None = None) -> None:
         super().__init__()
         self.encoder = encoder
-        self.context_proj = nn.Linear(num_contexts * encoder.width, encoder.width, bias=False) if num_contexts else None
+        self.contexts = tuple(contexts)
+        num = len(self.contexts)
+        self.context_proj = nn.Linear(num * encoder.width, encoder.width, bias=False) if num else None
         self.autocast_dtype = autocast_dtype
 
     def forward(self, events: Tensor, context: Tensor | None, batch: Batch) -> Tensor:
-        """Encode (T, D) events and (B, F·D) pooled context to (T, D) fp32 queries."""
+        """Encode (T, D) events and (B, F·D) sums of context bags to (T, D) fp32 queries."""
         layout = batch.layout
+        if context is not None:
+            context = _mean(context, batch.features, self.contexts)
         with torch.autocast(events.device.type, self.autocast_dtype, enabled=self.autocast_dtype is not None):
             queries = self.encoder(events, batch.features["timestamp"].values(), layout)
             if self.context_proj is not None:
@@ -205,7 +209,7 @@ class NextItemModel(nn.Module):
             device=torch.device(table_device),
         )
         self.contexts = _context_tables(tables, encoder.width, torch.device(table_device))
-        self.tower = QueryTower(encoder, len(tables.context), autocast_dtype)
+        self.tower = QueryTower(encoder, list(tables.context), autocast_dtype)
         self.loss = loss or FullSoftmaxLoss()
 
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -236,6 +240,14 @@ class NextItemModel(nn.Module):
         return self.items(features)["candidate"].values()
 
 
+def _mean(sums: Tensor, features: KeyedJaggedTensor, keys: Sequence[str]) -> Tensor:
+    """(B, F·D) sums over bags to means, 0 for an empty bag: TorchRec adds up the ranks' means under grid_shard."""
+    lengths = features.lengths().view(len(features.keys()), -1)
+    of_keys = torch.stack([lengths[features.keys().index(key)] for key in keys], dim=1)
+    means = sums.view(*of_keys.shape, -1) / of_keys.clamp_min(1)[..., None]
+    return means.flatten(1)
+
+
 def _context_tables(tables: TablesConfig, width: int, device: torch.device) -> EmbeddingBagCollection | None:
     if not tables.context:
         return None
@@ -246,7 +258,7 @@ def _context_tables(tables: TablesConfig, width: int, device: torch.device) -> E
                 num_embeddings=values,
                 embedding_dim=width,
                 feature_names=[name],
-                pooling=PoolingType.MEAN,
+                pooling=PoolingType.SUM,
                 init_fn=_init_table,
             )
             for name, values in tables.context.items()

@@ -2,7 +2,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torchrec import EmbeddingBagConfig, EmbeddingConfig
+from torchrec import EmbeddingBagConfig, EmbeddingConfig, PoolingType
 
 from ssd_torchrec.distributed.plan import LEARNING_RATE, ShardingConfig, resolve
 from ssd_torchrec.errors import ConfigError
@@ -88,7 +88,6 @@ UNFIT = {
     "more-ranks-than-rows": (dict(sharding="row_wise"), 101, "table item with 100 rows for 101 ranks"),
     "odd-columns": (dict(sharding="column_wise"), 3, "table item of width 16 for 3 parts"),
     "rows-of-a-machine-for-events": (dict(by_table={"item": "table_row_wise"}), 2, "for pooled tables, got item"),
-    "grid-on-cpu": (dict(by_table={"segment": "grid_shard"}), 2, "grid_shard is computed wrongly by TorchRec on CPU"),
     "too-few-rows-for-a-machine": (dict(by_table={"segment": "table_row_wise"}), 4, "with 5 rows for 4 ranks"),
     "narrow-columns": (dict(sharding="column_wise"), 8, "multiples of 4, got table item of width 16 for 8 parts"),
 }
@@ -108,6 +107,15 @@ def test_grids_need_whole_machines_and_a_width_that_they_divide():
         resolve(grid, TABLES, 3, CUDA, local_size=2)
     with pytest.raises(ConfigError, match="of width 16 for 8 parts"):
         resolve(replace(grid, sharding="table_wise"), TABLES, 16, CUDA, local_size=2)
+
+
+def test_a_grid_takes_no_mean():
+    name = "contexts.embedding_bags.segment.weight"
+    of_mean = TABLES | {name: replace(TABLES[name], pooling=PoolingType.MEAN)}
+    grid = ShardingConfig(sharding="row_wise", by_table={"segment": "grid_shard"})
+    with pytest.raises(ConfigError, match="for tables that sum the rows of a bag, got segment, which takes their mean"):
+        resolve(grid, of_mean, 2, CPU)
+    assert resolve(grid, TABLES, 2, CPU).by_table["segment"] == "grid_shard"
 
 
 def test_auto_takes_no_rowwise_statistic_for_a_grid():

@@ -27,6 +27,9 @@ SPLITS = {
     "table_row_wise-bags": ShardingConfig(
         sharding="row_wise", by_table={"segment": "table_row_wise"}, optimizer="sgd", learning_rate=0.05
     ),
+    "grid_shard-bags": ShardingConfig(
+        sharding="row_wise", by_table={"segment": "grid_shard"}, optimizer="sgd", learning_rate=0.05
+    ),
     "table_wise": ShardingConfig(sharding="table_wise", optimizer="sgd", learning_rate=0.05),
     "column_wise": ShardingConfig(sharding="column_wise", optimizer="sgd", learning_rate=0.05),
     "column_wise-adagrad": ShardingConfig(sharding="column_wise", optimizer="adagrad"),
