@@ -53,7 +53,7 @@ lint: $(READY)
 	$(BIN)/pyright
 
 # With PYTHON given, that interpreter runs the checks as it is: for a GPU host whose packages are already in place.
-# PART=tests, selftest, ops, encoders or rest; OUTPUT=FOLDER of the results; BUDGET_S=SECONDS after which a part stops, to go on next time.
+# PART=tests, selftest, ops, encoders, dlrm, scale, lifelong, profile or rest; OUTPUT=FOLDER of the results; BUDGET_S=SECONDS after which a part stops, to go on next time.
 gpu-check: CHECKER := $(or $(PYTHON),$(BIN)/python)
 gpu-check: $(if $(PYTHON),,$(READY))
 	PYTHONPATH=.:$${PYTHONPATH:-} $(CHECKER) -m benchmarks.gpu_check \

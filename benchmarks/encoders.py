@@ -53,7 +53,7 @@ def histories(tokens: int) -> list[Histories]:
         log_normal("like KuaiRand", 5, 28.0, 0.9, tokens),
         log_normal("like MovieLens-1M", 18, 78.0, 1.135, tokens),
         Histories(name="of 2,000 events", lengths=[2000] * max(1, tokens // 2000)),
-        Histories(name="of 10,000 events", lengths=[10_000]),
+        Histories(name="of 10,000 events", lengths=[10_000] * max(1, tokens // 10_000)),
     ]
 
 
@@ -75,14 +75,15 @@ def _cap_field(config: EncoderConfig) -> str:
 
 
 def step_of(encoder: Encoder, rows: Histories, device: torch.device) -> Callable[[], None]:
-    """Forward and backward to parameters and events."""
+    """Forward and backward to parameters and events; on a GPU in bf16, as one trains there."""
     layout = JaggedLayout.from_lengths(rows.lengths, device)
     seeded = torch.Generator().manual_seed(0)
     timestamps = torch.randn(layout.num_events, generator=seeded).mul(3.5).add(9).exp().long().cumsum(0).to(device)
     events = torch.randn(layout.num_events, encoder.width, generator=seeded).to(device).requires_grad_()
 
     def run() -> None:
-        out = encoder(events, timestamps, layout)
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            out = encoder(events, timestamps, layout)
         out.backward(torch.ones_like(out))
         events.grad = None
         if device.type == "cuda":
@@ -148,24 +149,31 @@ def main() -> None:
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--threads", type=int, default=1, help="of PyTorch, on the CPU")
     parser.add_argument("--rounds", type=int, default=5, help="of all encoders in turn")
-    parser.add_argument("--tokens", type=int, default=8192, help="events of a batch, but for the longest histories")
+    parser.add_argument("--tokens", type=int, help="events of a batch, or one history; 8,192, and 131,072 on a GPU")
+    parser.add_argument("--only", default="", help="histories whose name holds this, printed alone")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the table")
     asked = parser.parse_args()
     torch.set_num_threads(asked.threads)
     device = torch.device(asked.device)
+    tokens = asked.tokens or (8192 if device.type == "cpu" else 131_072)
     machine = torch.cuda.get_device_name() if device.type == "cuda" else f"{processor()}, {asked.threads} thread(s)"
     parts = [
         f"# All encoders on {'a GPU' if device.type == 'cuda' else 'the CPU'}\n",
         f"Printed by `python -m benchmarks.encoders --device {asked.device}`: {machine}, torch {torch.__version__}, "
-        f"fp32, medians of {asked.rounds} rounds; {'processor time' if device.type == 'cpu' else 'time'}.",
+        f"{'fp32' if device.type == 'cpu' else 'bf16'}, batches of {tokens:,} events or one history, medians of "
+        f"{asked.rounds} rounds; {'processor time' if device.type == 'cpu' else 'time'}.",
         "Forward and backward of the encoder alone in its small shape, 64 wide (`ssd-torchrec models`), whole "
         "histories. SASRec is ours, with fused attention. TiSASRec has numbers for each pair of events: left out "
         f"beyond {LONGEST['tisasrec']:,} events.\n",
     ]
     name = "cpu" if device.type == "cpu" else slug(torch.cuda.get_device_name())
-    for rows in histories(asked.tokens):
+    for rows in histories(tokens):
+        if asked.only not in rows.name:
+            continue
         parts.append(section(rows, asked.rounds, device))
         print(parts[-1], flush=True)
+        if asked.only:
+            continue
         asked.output.joinpath(f"encoders-{name}.md").write_text("\n".join(parts))
 
 

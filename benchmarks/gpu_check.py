@@ -4,9 +4,9 @@
     make gpu-check PYTHON=python3 PART=ops OUTPUT=out       one part, with an interpreter as it is
     make gpu-check PART=tests BUDGET_S=200                  stop after 200 seconds; a part alone stops after 420
 
-A part that stops at its budget has written what it saw; run again, it goes on from there, but for encoders: that begins
-anew with its kernels compiled. Tests that passed are in NAME.jsonl and pytest's words in NAME.log. Exit code 1: a test
-failed or a benchmark broke; 3: time is up, more to do.
+A part that stops at its budget has written what it saw; run again, it goes on from there, but for those of models,
+which begin anew with their kernels compiled. Tests that passed are in NAME.jsonl and pytest's words in NAME.log. Exit
+code 1: a test failed or a benchmark broke; 3: time is up, more to do.
 """
 
 import argparse
@@ -20,6 +20,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from benchmarks.ops import LOST, RESULTS, STOPPED
@@ -31,7 +32,9 @@ GRACE_S = 20
 MOST_LOSSES = 5
 """Times a benchmark may lose the GPU to a failed kernel before it is given up."""
 
-SELFTEST = "tests/ops/test_gpu.py"
+SELFTEST = ["tests/test_on_gpu.py", "tests/ops/test_gpu.py"]
+"""What runs on a GPU alone."""
+
 OF_KERNELS = ["tests/ops", "tests/modules", "tests/encoders"]
 NEED_DUCKDB = "tests/data/prepare"
 
@@ -42,7 +45,7 @@ def run(command: list[str], log: Path, budget_s: float) -> int | None:
     Returns:
         Its exit code, or None if the budget ended before it did.
     """
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
+    environment = {"OMP_NUM_THREADS": "1", **os.environ, "PYTHONUNBUFFERED": "1", "CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
     environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), environment.get("PYTHONPATH")]))
     log.parent.mkdir(parents=True, exist_ok=True)
     child = subprocess.Popen(
@@ -83,7 +86,7 @@ def run_tests(name: str, wanted: list[str], output: Path, budget_s: float) -> in
         command += ["-p", "no:cacheprovider", "-p", "benchmarks.outcomes"]
         command += ["--outcomes", str(outcomes.resolve()), "--leave-out", leave_out.name]
         if importlib.util.find_spec("xdist"):
-            command += ["-n", str(min(8, os.cpu_count() or 1)), "--dist", "loadgroup"]
+            command += ["-n", str(min(12, os.cpu_count() or 1)), "--dist", "loadgroup"]
         code = run(command, output / f"{name}.log", budget_s)
     if code is None:
         return STOPPED
@@ -98,11 +101,11 @@ def _done(outcomes: Path) -> set[str]:
 
 
 def kernels(output: Path, budget_s: float) -> int:
-    return run_tests("tests", [*OF_KERNELS, f"--ignore={SELFTEST}"], output, budget_s)
+    return run_tests("tests", [*OF_KERNELS, *(f"--ignore={file}" for file in SELFTEST)], output, budget_s)
 
 
 def selftest(output: Path, budget_s: float) -> int:
-    return run_tests("selftest", [SELFTEST], output, budget_s)
+    return run_tests("selftest", SELFTEST, output, budget_s)
 
 
 def ops(output: Path, budget_s: float, *parts: str) -> int:
@@ -117,21 +120,36 @@ def ops(output: Path, budget_s: float, *parts: str) -> int:
     return 1
 
 
-def encoders(output: Path, budget_s: float) -> int:
-    command = [sys.executable, "-m", "benchmarks.encoders", "--device", "cuda", "--output", str(output.resolve())]
-    code = run(command, output / "encoders.log", budget_s)
+MODELS = {
+    "encoders": ["benchmarks.encoders", "--device", "cuda"],
+    "dlrm": ["benchmarks.dlrm", "--device", "cuda"],
+    "scale": ["benchmarks.scale_gpu"],
+    "lifelong": ["benchmarks.lifelong"],
+}
+"""Benchmarks that write a table as they go."""
+
+
+def model(name: str, output: Path, budget_s: float) -> int:
+    code = run(
+        [sys.executable, "-m", *MODELS[name], "--output", str(output.resolve())], output / f"{name}.log", budget_s
+    )
+    return STOPPED if code is None else code
+
+
+def where(output: Path, budget_s: float) -> int:
+    code = run([sys.executable, "-m", "benchmarks.step_profile"], output / "profile.log", budget_s)
     return STOPPED if code is None else code
 
 
 def rest(output: Path, budget_s: float) -> int:
-    wanted = ["tests", *(f"--ignore={folder}" for folder in OF_KERNELS)]
+    wanted = ["tests", *(f"--ignore={path}" for path in (*OF_KERNELS, *SELFTEST))]
     if importlib.util.find_spec("duckdb") is None:
         wanted.append(f"--ignore={NEED_DUCKDB}")
     return run_tests("rest", wanted, output, budget_s)
 
 
 PARTS: dict[str, Callable[..., int]] = {"tests": kernels, "selftest": selftest, "ops": ops}
-PARTS |= {"encoders": encoders, "rest": rest}
+PARTS |= {name: partial(model, name) for name in MODELS} | {"profile": where, "rest": rest}
 
 
 def main() -> int:

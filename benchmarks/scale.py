@@ -66,12 +66,14 @@ PARTS = {
 HEAD = "| softmax | items | processes | ms a step | events/s | all-to-all | table MiB | built MiB | a step MiB |"
 
 
-def build(case: Case, world: World) -> Trainable:
+ROW_WISE = ShardingConfig(sharding="row_wise", optimizer="rowwise_adagrad")
+
+
+def build(case: Case, world: World, sharding: ShardingConfig = ROW_WISE) -> Trainable:
     torch.manual_seed(0)
     loss = LOSSES[case.loss](world.size)
     tables = TablesConfig(num_item_rows=FIRST_ITEM + case.items, first_item=FIRST_ITEM)
     model = NextItemModel(tables, SYSTEMS["tim4rec"].small.build(), loss, table_device="meta")
-    sharding = ShardingConfig(sharding="row_wise", optimizer="rowwise_adagrad")
     trainable = shard(model, sharding, DenseOptimizerConfig(), world, seed=0)
     if isinstance(loss, VocabParallelSoftmaxLoss):
         loss.bind(trainable, WEIGHT, FIRST_ITEM)
