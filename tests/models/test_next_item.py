@@ -116,6 +116,33 @@ def test_no_history_at_all_has_zero_queries():
         assert model().eval().last_queries(batch([[3]], [[0]])).tolist() == [[0.0] * 16]
 
 
+def test_a_query_is_shifted_by_the_mean_of_each_bag_in_its_place():
+    torch.manual_seed(0)
+    context = {"segment": SEGMENTS, "city": 6}
+    net = NextItemModel(TablesConfig(num_item_rows=ROWS, first_item=FIRST, context=context), TiM4Rec(ENCODER))
+    users, cities = batch(USERS, BAGS), [[5], [], [1, 4, 4, 2]]
+    jagged = {key: users.features[key].to_dense() for key in users.features.keys()}  # noqa: SIM118  no dict
+    jagged["city"] = [torch.tensor(bag, dtype=torch.int64) for bag in cities]
+    keys = ["city", *(key for key in jagged if key != "city")]  # in another order than the tables
+    features = KeyedJaggedTensor(
+        keys=keys,
+        values=torch.cat([values for key in keys for values in jagged[key]]),
+        lengths=torch.tensor([len(values) for key in keys for values in jagged[key]]),
+    )
+    users = replace(users, features=features)
+    events = net.items(features)["item"].values()
+    got = net.tower(events, net.contexts(features).values(), users)
+    means = [
+        torch.stack([weight[bag].mean(0) if bag else torch.zeros(16) for bag in bags])
+        for weight, bags in (
+            (net.contexts.embedding_bags[name].weight, of) for name, of in (("segment", BAGS), ("city", cities))
+        )
+    ]
+    shift = torch.cat(means, dim=1) @ net.tower.context_proj.weight.T
+    wanted = net.tower.encoder(events, features["timestamp"].values(), users.layout)
+    torch.testing.assert_close(got, wanted + shift[users.layout.row_of_event])
+
+
 def test_context_shifts_what_a_user_is_asked():
     net = model().eval()
     with torch.no_grad():
