@@ -31,7 +31,7 @@ from tests.models.clicks import CLICKS, dlrm, encoder, items, with_raw_ids
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 WHOLE = replace(SPLIT, sharding="none")
-RUN = TrainState(step=4, vocabulary="none", position={}, config={})
+RUN = TrainState(step=2, vocabulary="none", position={}, config={})
 
 
 def share(world: World, step: int) -> Batch:
@@ -90,9 +90,9 @@ def train_all(world: World) -> dict[str, dict[str, Any]]:
 
 
 def saved_and_loaded(world: World, folder: Path, sharding: ShardingConfig = SPLIT) -> dict[str, Any]:
-    """Trains 4 steps, saves, loads into a new run, and trains both on."""
+    """Trains 2 steps, saves, loads into a new run, and trains both on."""
     run = trainable(world, sharding)
-    for n in range(4):
+    for n in range(2):
         step(run, world, n)
     path = save_checkpoint(folder, run, RUN)
     other = trainable(world, sharding, seed=1)
@@ -100,7 +100,7 @@ def saved_and_loaded(world: World, folder: Path, sharding: ShardingConfig = SPLI
     before = logits(other, world)
     load_checkpoint(path, other, vocabulary="none")
     at_once = logits(run, world), logits(other, world)
-    later = [(step(run, world, n), step(other, world, n)) for n in range(4, 9)]
+    later = [(step(run, world, n), step(other, world, n)) for n in range(2, 9)]
     maps = [map_of(each)._mch_remapped_ids_mapping.tolist() for each in (run, other)]
     return {"path": str(path), "before": before, "at_once": at_once, "later": later, "maps": maps}
 
@@ -155,6 +155,7 @@ def test_a_run_on_one_process_with_whole_tables_resumes_its_map_to_the_last_bit(
     assert not torch.equal(saved["before"], saved["at_once"][1])
     assert torch.equal(*saved["at_once"])
     assert all(one == other for one, other in saved["later"])
+    assert saved["maps"][0] == saved["maps"][1]
 
 
 def test_one_process_takes_the_map_of_two(two_ranks, alone):
@@ -268,6 +269,13 @@ def test_what_torchrec_cannot_do_with_managed_ids_is_refused(name):
     tables = tables_of(managed_ids(items()))
     with pytest.raises(ConfigError, match=message):
         resolve(ShardingConfig(**fields), tables, ranks, device, managed={"t_item"})
+
+
+def test_a_model_that_is_sharded_is_known_to_have_managed_ids(group_of_one):
+    with pytest.raises(ConfigError, match=r"got rowwise_adagrad for t_item"):
+        trainable(group_of_one, replace(SPLIT, optimizer="rowwise_adagrad"))
+    auto = trainable(group_of_one, ShardingConfig(sharding="row_wise"))
+    assert auto.sharding.optimizer == "adagrad"
 
 
 def test_the_optimizer_is_one_that_can_evict():
