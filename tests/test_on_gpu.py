@@ -22,6 +22,7 @@ from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.training.recommend import RecommendConfig, recommend
 from ssd_torchrec.training.run import EvaluationConfig, evaluate_checkpoint
 from tests.distributed import test_dlrm_pipelines as plugged
+from tests.distributed import test_managed_ids as managed
 from tests.distributed.example import SGD, batch, over_ranks, trainable, whole_weights
 from tests.distributed.world import free_port
 from tests.models.clicks import KINDS
@@ -257,3 +258,26 @@ def test_a_split_run_goes_on_from_its_checkpoint(sharding, data, tmp_path, monke
         assert main([*words, "--name", name, *more, "--training.epochs", epochs]) == 0
     whole, resumed = result_of(tmp_path / "whole"), result_of(tmp_path / "half")
     assert resumed["valid"]["ndcg@10"] == pytest.approx(whole["valid"]["ndcg@10"], abs=0.02)
+
+
+@pytest.mark.parametrize("optimizer", ["adam", "adagrad", "rowwise_adagrad"])
+def test_an_evicted_row_starts_anew(optimizer, one_gpu):
+    split = ShardingConfig(sharding="row_wise", optimizer=optimizer, learning_rate=0.05)
+    assert torch.equal(managed.full_table(one_gpu, split, 4), torch.full((3, 4), 7.0))
+
+
+@pytest.mark.parametrize("sharding", [managed.SPLIT, managed.WHOLE], ids=["split", "whole"])
+def test_managed_ids_have_the_rows_that_they_have_on_the_cpu(sharding, one_gpu, tmp_path):
+    saved = managed.saved_and_loaded(one_gpu, tmp_path, sharding)
+    assert torch.equal(*saved["at_once"])
+    assert saved["maps"][0] == saved["maps"][1]
+    run = managed.trainable(World(), managed.WHOLE)
+    for n in range(9):
+        managed.step(run, World(), n)
+    assert managed.map_of(run)._mch_remapped_ids_mapping.tolist() == saved["maps"][0]
+
+
+@pytest.mark.parametrize("pipeline", managed.PIPELINES)
+def test_a_plugged_dlrm_learns_from_raw_ids(pipeline, one_gpu):
+    losses = managed.train(one_gpu, pipeline)["losses"]
+    assert sum(losses[-3:]) < 0.9 * sum(losses[:3])

@@ -5,7 +5,8 @@
       step-00001800/
       best -> step-00001200
 
-A checkpoint loads into any number of ranks and any split of the tables, as long as the optimizers are the same.
+A checkpoint loads into any number of ranks and any split of the tables, as long as the optimizers are the same; with
+managed ids, into as many ranks as saved it, or into one process.
 Another model, vocabulary or optimizer, a damaged file and a newer format are refused before any weight is touched.
 Whatever goes wrong while saving, the checkpoints that were there before stay.
 
@@ -26,6 +27,7 @@ import torch.distributed as dist
 
 from ssd_torchrec.distributed import checkpoint_files as files
 from ssd_torchrec.distributed.collectives import word_of_rank_0
+from ssd_torchrec.distributed.id_maps import RANGES, check_ranges
 from ssd_torchrec.distributed.process import all_or_none, from_all_ranks
 from ssd_torchrec.distributed.shard import Trainable
 from ssd_torchrec.distributed.state import Value, after_loading, dense_state, model_state, reset, table_state
@@ -161,10 +163,11 @@ def load_checkpoint(
         What the checkpoint says of itself; the position to go on from is in it.
 
     Raises:
-        CheckpointError: the checkpoint is damaged, newer than this code, or of another model, vocabulary or optimizer.
+        CheckpointError: the checkpoint is damaged, newer than this code, of another model, vocabulary or optimizer, or
+            of managed ids that other ranks hold.
     """
     info = _checked_info(path, trainable, vocabulary)
-    wanted = model_state(trainable)
+    wanted = _weights(path, trainable, info)
     for part, live, saved_by, now in (
         ("tables", table_state(trainable), info.table_optimizer, trainable.sharding.optimizer),
         ("dense", dense_state(trainable), info.dense_optimizer, trainable.dense.optimizer),
@@ -190,7 +193,7 @@ def load_weights(path: Path, trainable: Trainable, *, vocabulary: str) -> Checkp
         CheckpointError: as `load_checkpoint`, whatever the optimizers.
     """
     info = _checked_info(path, trainable, vocabulary)
-    _read(path, model_state(trainable), info)
+    _read(path, _weights(path, trainable, info), info)
     after_loading(trainable)
     return info
 
@@ -365,6 +368,17 @@ def _check_model(path: Path, saved: dict[str, list[Any]], now: dict[str, list[An
         f"{path} must be of the same model, but {'; '.join(differences[:3])}{more}; build the model from the config in "
         f"{files.INFO_FILE}"
     )
+
+
+def _weights(path: Path, trainable: Trainable, info: CheckpointInfo) -> dict[str, Value]:
+    """What is to be filled of a model; where its id maps are cut is not, it must fit. Collective."""
+    wanted = model_state(trainable)
+    now = {name: wanted.pop(name) for name in list(wanted) if name.endswith(RANGES)}
+    if now:
+        saved = {name: torch.empty_like(ranges) for name, ranges in now.items()}
+        _read(path, saved, info)
+        check_ranges(path, saved, now)
+    return wanted
 
 
 def _shape(signature: list[Any]) -> str:

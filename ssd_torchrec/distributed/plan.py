@@ -9,12 +9,14 @@ Of pooled tables alone, for whom ranks that share a machine add up first what th
     table_row_wise   the ranks of one machine hold a range of rows each
     grid_shard       every machine holds a range of columns, its ranks a range of rows of it; sums alone
 
+A table whose ids are managed is split row_wise, its id map with it.
+
 What TorchRec 1.6 to 1.8 accepts but computes wrongly is refused here, each with its reason.
 """
 
 import logging
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -25,6 +27,7 @@ from torch import nn
 from torchrec import EmbeddingBagConfig, PoolingType
 from torchrec.distributed.embedding import EmbeddingCollectionSharder
 from torchrec.distributed.embeddingbag import EmbeddingBagCollectionSharder
+from torchrec.distributed.mc_embedding import ManagedCollisionEmbeddingCollectionSharder
 from torchrec.distributed.planner import EmbeddingShardingPlanner, ParameterConstraints, Topology
 from torchrec.distributed.planner.storage_reservations import FixedPercentageStorageReservation
 from torchrec.distributed.planner.types import PlannerError, ShardingOption, Stats
@@ -68,8 +71,9 @@ class ShardingConfig:
 
     optimizer: Literal["auto", "sgd", "adagrad", "rowwise_adagrad", "adam"] = "auto"
     """What updates the tables. auto: adam (as in the papers) for whole tables and on CUDA; on CPU, where FBGEMM has no
-    Adam, rowwise_adagrad for split tables, or adagrad if one is split by columns. Adam keeps two numbers beside every
-    weight, adagrad one, rowwise_adagrad one a row: take the last where Adam's moments do not fit the GPUs."""
+    Adam, rowwise_adagrad for split tables, or adagrad if one is split by columns or its ids are managed. Adam keeps two
+    numbers beside every weight, adagrad one, rowwise_adagrad one a row: take the last where Adam's moments do not fit
+    the GPUs."""
 
     learning_rate: float | None = None
     """Learning rate of the tables. None: 0.1 for sgd, 0.05 for both adagrads, 0.001 for adam."""
@@ -124,14 +128,18 @@ def resolve(
     world_size: int,
     device: torch.device,
     local_size: int | None = None,
+    *,
+    managed: Collection[str] = (),
 ) -> ShardingConfig:
     """Replace every "auto" and None by what it means here, and name the split of every table in `by_table`.
 
     Args:
         local_size: ranks that share a machine; None for all.
+        managed: names of the tables whose ids are managed.
 
     Raises:
-        ConfigError: the split does not fit the number of ranks, or the optimizer not the split or the device.
+        ConfigError: the split does not fit the number of ranks, or the optimizer not the split or the device; or
+            managed ids do not fit one of them.
     """
     sharding = config.sharding
     if sharding == "auto":
@@ -149,9 +157,9 @@ def resolve(
     by_table = {}
     if sharding != "none":
         ranks = Ranks(world_size, local_size or world_size, device)
-        by_table = {table.name: _split_of(table, config, ranks) for table in tables.values()}
-    by_column = not {*by_table.values()}.isdisjoint(BY_COLUMNS)
-    optimizer = _optimizer(config, sharding, by_column, device)
+        by_table = {table.name: _split_of(table, config, ranks, table.name in managed) for table in tables.values()}
+    rowwise = {*by_table.values()}.isdisjoint(BY_COLUMNS) and not managed
+    optimizer = _optimizer(config, sharding, rowwise, device)
     resolved = replace(
         config,
         sharding=sharding,
@@ -160,15 +168,16 @@ def resolve(
         learning_rate=config.learning_rate or LEARNING_RATE[optimizer],
     )
     _check_device(resolved, device)
+    _check_managed(resolved, device, managed)
     return resolved
 
 
-def _optimizer(config: ShardingConfig, sharding: str, by_column: bool, device: torch.device) -> str:
+def _optimizer(config: ShardingConfig, sharding: str, rowwise: bool, device: torch.device) -> str:
     if config.optimizer != "auto":
         return config.optimizer
     if sharding == "none" or device.type == "cuda":
         return "adam"
-    return "adagrad" if by_column else "rowwise_adagrad"
+    return "rowwise_adagrad" if rowwise else "adagrad"
 
 
 def _check_device(config: ShardingConfig, device: torch.device) -> None:
@@ -183,6 +192,22 @@ def _check_device(config: ShardingConfig, device: torch.device) -> None:
         raise ConfigError(
             f"compute_kernel {config.compute_kernel} keeps a GPU's tables in host memory, got tables on CPU, which "
             "lie there anyway; take fused"
+        )
+
+
+def _check_managed(config: ShardingConfig, device: torch.device, managed: Collection[str]) -> None:
+    if not managed or not config.split:
+        return
+    names = ", ".join(sorted(managed))
+    if config.optimizer == "rowwise_adagrad" and device.type == "cpu":
+        raise ConfigError(
+            f"split tables of managed ids on CPU must be updated by sgd or adagrad, got rowwise_adagrad for {names}: "
+            "FBGEMM resets the statistic of an evicted row on CUDA only; take adagrad"
+        )
+    if config.compute_kernel == "fused_uvm_caching":
+        raise ConfigError(
+            f"split tables of managed ids must not lie behind a device cache, got fused_uvm_caching for {names}: "
+            "TorchRec gives an evicted row new weights in host memory, past the cache; take fused or fused_uvm"
         )
 
 
@@ -203,8 +228,10 @@ class Ranks:
         return {"column_wise": self.count, "grid_shard": self.count // self.of_machine}.get(split, 1)
 
 
-def _split_of(table: TableConfig, config: ShardingConfig, ranks: Ranks) -> str:
+def _split_of(table: TableConfig, config: ShardingConfig, ranks: Ranks, managed: bool) -> str:
     split = config.by_table.get(table.name)
+    if managed:
+        return _split_of_managed(table, split or config.sharding, ranks)
     if split is None:
         split = config.sharding
         if split == "auto":
@@ -225,6 +252,22 @@ def _split_of(table: TableConfig, config: ShardingConfig, ranks: Ranks) -> str:
             f"for {ranges} parts; take row_wise, or a number of ranks whose fourfold divides the width"
         )
     return split
+
+
+def _split_of_managed(table: TableConfig, split: str, ranks: Ranks) -> str:
+    if split not in ("auto", "row_wise"):
+        raise ConfigError(
+            f"tables of managed ids must be split row_wise, which is all that TorchRec can, got {split} for "
+            f"{table.name}; set by_table to row_wise for {table.name}"
+        )
+    last_rows = table.num_embeddings + (1 - ranks.count) * -(-table.num_embeddings // ranks.count)
+    if last_rows < 2 or table.embedding_dim % 4:
+        raise ConfigError(
+            f"row_wise must leave every rank a row for ids without one and another, of a width that is a multiple of "
+            f"4, got table {table.name} with {table.num_embeddings} rows of width {table.embedding_dim} for "
+            f"{ranks.count} ranks; give {table.name} {2 * ranks.count} rows or more, or start fewer processes"
+        )
+    return "row_wise"
 
 
 def _check_machines(table: TableConfig, split: str, ranks: Ranks) -> None:
@@ -260,8 +303,8 @@ class RowWiseBagSharder(EmbeddingBagCollectionSharder):
 
 
 def sharders() -> list[ModuleSharder[nn.Module]]:
-    """The sharders of the two kinds of collection that our models have."""
-    return [EmbeddingCollectionSharder(), RowWiseBagSharder()]  # type: ignore[list-item]  # theirs is invariant
+    """The sharders of the three kinds of collection that our models have."""
+    return [EmbeddingCollectionSharder(), RowWiseBagSharder(), ManagedCollisionEmbeddingCollectionSharder()]  # type: ignore[list-item]  # theirs is invariant
 
 
 def plan_tables(model: nn.Module, config: ShardingConfig, workload: Workload, world: World) -> ShardingPlan:

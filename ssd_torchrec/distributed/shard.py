@@ -16,6 +16,7 @@ from torchrec.distributed import DistributedModelParallel
 from torchrec.optim.keyed import CombinedOptimizer
 from torchrec.optim.optimizers import in_backward_optimizer_filter
 
+from ssd_torchrec.distributed.id_maps import managed_tables
 from ssd_torchrec.distributed.optimizers import (
     DenseOptimizerConfig,
     combined,
@@ -87,7 +88,8 @@ def shard(
         ConfigError: the split does not fit the ranks, their memory or the optimizer; see `ShardingConfig`.
     """
     tables = tables_of(model)
-    resolved = resolve(sharding, tables, world.size, world.device, world.local_size)
+    managed = managed_tables(model)
+    resolved = resolve(sharding, tables, world.size, world.device, world.local_size, managed=managed)
     if not resolved.split:
         return unsharded(model, resolved, dense, world.device, seed=seed)
     if not dist.is_initialized():
@@ -118,7 +120,7 @@ def unsharded(
         ConfigError: the tables are to be split.
     """
     tables = tables_of(model)
-    resolved = resolve(sharding, tables, 1, device)
+    resolved = resolve(sharding, tables, 1, device, managed=managed_tables(model))
     if resolved.split:
         raise ConfigError(
             f"one process without a group keeps its tables whole, got sharding {resolved.sharding}; call shard"

@@ -18,6 +18,7 @@ from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec.distributed.batched_embedding_kernel import EmbeddingFusedOptimizer
 from torchrec.optim.keyed import KeyedOptimizer
 
+from ssd_torchrec.distributed.id_maps import maps_were_loaded
 from ssd_torchrec.distributed.shard import Trainable
 from ssd_torchrec.distributed.tables import local_pieces
 from ssd_torchrec.errors import CheckpointError
@@ -68,7 +69,9 @@ def local_rows(value: Value) -> tuple[Tensor, int]:
 
 
 def after_loading(trainable: Trainable) -> None:
-    """Tell FBGEMM that its tensors were written behind its back: drop cached rows, take the count of steps over."""
+    """Tell FBGEMM that its tensors were written behind its back: drop cached rows, take the count of steps over. Tell
+    id maps too."""
+    maps_were_loaded(trainable.module)
     if not trainable.sharding.split:
         return
     for _, leaf in _leaves(dict(trainable.optimizer.optimizers)["tables"], ""):

@@ -13,6 +13,8 @@ from torch import Tensor, nn
 from torch.distributed._shard.sharded_tensor.api import ShardedTensor
 from torchrec import EmbeddingBagCollection, EmbeddingBagConfig, EmbeddingCollection, EmbeddingConfig
 
+from ssd_torchrec.distributed.id_maps import allocate_maps
+
 BLOCK_ROWS = 16384  # drawn at once; part of what a seed means, so it stays as it is
 
 TableConfig = EmbeddingConfig | EmbeddingBagConfig
@@ -31,12 +33,14 @@ def tables_of(model: nn.Module) -> dict[str, TableConfig]:
 
 
 def allocate_tables(model: nn.Module, device: torch.device) -> None:
-    """Give the tables of an unsharded model that lie on "meta" memory on `device`, to be filled by `init_table`."""
+    """Give the tables of an unsharded model that lie on "meta" memory on `device`, to be filled by `init_table`; and
+    new id maps to those whose ids are managed."""
     for module in model.modules():
         if isinstance(module, EmbeddingCollection | EmbeddingBagCollection) and any(
             p.is_meta for p in module.parameters()
         ):
             module.to_empty(device=device)
+    allocate_maps(model, device)
 
 
 def local_pieces(value: Tensor | ShardedTensor) -> list[tuple[Tensor, list[int]]]:

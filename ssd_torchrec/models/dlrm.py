@@ -27,6 +27,7 @@ from torchrec.models.dlrm import (
     InteractionProjectionArch,
 )
 from torchrec.modules.crossnet import LowRankCrossNet
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 
 from ssd_torchrec.encoders.encoder import Encoder
 from ssd_torchrec.errors import ConfigError
@@ -35,7 +36,7 @@ from ssd_torchrec.models.history import History, HistoryCollection, HistorySpars
 
 def plug_into_dlrm(
     dlrm: DLRM,
-    embedding_collection: EmbeddingCollection,
+    embedding_collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
     encoder: Encoder | Sequence[Encoder],
     histories: History | Sequence[History],
     *,
@@ -47,6 +48,7 @@ def plug_into_dlrm(
     Args:
         dlrm: trained or not; its loader, DLRMTrain and pipelines stay as they are.
         embedding_collection: the tables of the histories' items, as wide as the DLRM's features; may be on "meta".
+            Made by `managed_ids`, it takes ids that no table has rows for.
         encoder: one for all histories, or one for each in order.
         histories: which keys of its KeyedJaggedTensor make a history.
         warm_start: begin with the old model's logits: bit for bit in fp32 for DLRM and DLRM_Projection, within rounding

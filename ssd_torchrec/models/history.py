@@ -16,10 +16,12 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 from torchrec import EmbeddingCollection, JaggedTensor, KeyedJaggedTensor, KeyedTensor
+from torchrec.modules.mc_embedding_modules import ManagedCollisionEmbeddingCollection
 
 from ssd_torchrec.encoders.encoder import Encoder
 from ssd_torchrec.errors import ConfigError, DataError
 from ssd_torchrec.jagged import JaggedLayout
+from ssd_torchrec.models.managed_ids import event_tables
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +97,8 @@ class HistoryCollection(nn.Module):
     """Histories as a KeyedTensor, for pipelines that concatenate or regroup pooled features.
 
     Args:
-        embedding_collection: holds the tables of the histories' items, each as wide as the encoders.
+        embedding_collection: holds the tables of the histories' items, each as wide as the encoders; with ids below
+            the number of rows, or managed ones, see `managed_ids`.
         encoder: one for all histories, or one for each in order.
         histories: which keys make a history.
         autocast_dtype: run the encoders in this dtype (bf16 on CUDA); None for full precision.
@@ -107,7 +110,7 @@ class HistoryCollection(nn.Module):
 
     def __init__(
         self,
-        embedding_collection: EmbeddingCollection,
+        embedding_collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
         encoder: Encoder | Sequence[Encoder],
         histories: History | Sequence[History],
         *,
@@ -118,6 +121,7 @@ class HistoryCollection(nn.Module):
         encoders = [encoder] * len(histories) if isinstance(encoder, Encoder) else list(encoder)
         _check(embedding_collection, encoders, histories)
         self.embedding_collection = embedding_collection
+        self._managed = isinstance(embedding_collection, ManagedCollisionEmbeddingCollection)
         self.tower = HistoryTower(histories, encoders, autocast_dtype)
         self._keyed = _Keyed([history.item_key for history in histories], encoders[0].width)
 
@@ -133,7 +137,10 @@ class HistoryCollection(nn.Module):
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
         """Look up and encode; returns (B, n·D) under the item keys."""
-        return self._keyed(self.tower(self.embedding_collection(features), features))
+        embedded = self.embedding_collection(features)
+        if self._managed:
+            embedded = embedded[0]  # and the remapped ids
+        return self._keyed(self.tower(embedded, features))
 
 
 class HistorySparseArch(nn.Module):
@@ -227,7 +234,11 @@ def _layout(lengths: Tensor, num_events: int, history: History) -> JaggedLayout:
     return JaggedLayout.promised(lengths, num_events, history.longest)
 
 
-def _check(collection: EmbeddingCollection, encoders: list[Encoder], histories: list[History]) -> None:
+def _check(
+    collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection,
+    encoders: list[Encoder],
+    histories: list[History],
+) -> None:
     if not histories:
         raise ConfigError("there must be at least one history, got none; give History(item_key=..., timestamp_key=...)")
     if len(encoders) != len(histories):
@@ -235,9 +246,7 @@ def _check(collection: EmbeddingCollection, encoders: list[Encoder], histories: 
             f"each history must have its encoder, got {len(encoders)} encoders for {len(histories)} histories; give "
             "one for all, or one for each"
         )
-    width_of = {
-        feature: table.embedding_dim for table in collection.embedding_configs() for feature in table.feature_names
-    }
+    width_of = {feature: table.embedding_dim for table in event_tables(collection) for feature in table.feature_names}
     keys = [history.item_key for history in histories]
     if twice := sorted({key for key in keys if keys.count(key) > 1}):
         raise ConfigError(f"histories must read different items, got {', '.join(twice)} twice; drop one")

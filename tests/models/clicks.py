@@ -79,3 +79,13 @@ def batch(lengths: list[int], seed: int = 0) -> Batch:
         sparse_features=features({"clicked": lengths}, seed),
         labels=torch.randint(0, 2, (rows,), generator=draw),
     )
+
+
+def with_raw_ids(kjt: KeyedJaggedTensor) -> KeyedJaggedTensor:
+    """Items named by ids that no table has rows for, some of them negative; all else as it was."""
+    parts = [kjt[key].values() for key in kjt.keys()]  # noqa: SIM118  a KeyedJaggedTensor is no dict
+    raw = [
+        2**60 - part * 2**57 if key in ("clicked", "bought") else part
+        for key, part in zip(kjt.keys(), parts, strict=True)
+    ]
+    return KeyedJaggedTensor(keys=kjt.keys(), values=torch.cat(raw), lengths=kjt.lengths())
