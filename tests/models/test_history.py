@@ -120,6 +120,15 @@ def test_a_row_without_its_one_target_is_refused(name, with_target):
         with_target(kjt)
 
 
+def test_where_a_comparison_would_wait_their_number_tells_and_the_rest_is_believed(with_target, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr("ssd_torchrec.models.history._surely_equal", lambda *_: True)
+    for name in ("none", "two", "no-row-has-one"):
+        with pytest.raises(DataError, match=r"row must have one shown"):
+            with_target(features({"clicked": LENGTHS, "bought": LENGTHS}, shown=WRONG_TARGETS[name]))
+    with_target(features({"clicked": LENGTHS, "bought": LENGTHS}, shown=WRONG_TARGETS["as-many-in-all"]))
+
+
 @pytest.mark.parametrize("pooling", ["last", "mean"])
 def test_a_batch_without_any_event_is_all_zeros_and_still_reaches_every_weight(pooling):
     collection = HistoryCollection(items(), encoder(), replace(CLICKS, pooling=pooling))
