@@ -4,6 +4,9 @@
     sparse_arch ┘                                                                          + ─► the rest, as it was
     histories ──► dot products with all, and themselves ────────────► an added linear map ─┘
 
+A history's target, the item that a row asks about, is a further vector of `histories` here, so its dot products with
+the history and with everything else are among them.
+
 The added map starts at zero, so the first logits are the old model's. It learns from the first step; the encoder and
 the table of histories, whose gradient comes through it, from the second. Cross and branch layers get zeroed rows and
 columns in the same way. Old parameters stay the same objects under the same names, but for `sparse_arch`, which is
@@ -66,7 +69,7 @@ def plug_into_dlrm(
     collection = HistoryCollection(embedding_collection, encoder, histories, autocast_dtype=autocast_dtype)
     old_features = len(dlrm.sparse_arch.sparse_feature_names)
     sparse_arch = HistorySparseArch(dlrm.sparse_arch, collection)
-    more = len(collection.histories)
+    more = len(collection.keys)
     over_arch = cast(nn.Module, dlrm.over_arch)
     collection.tower.to(next(over_arch.parameters()).device)
     if isinstance(dlrm.inter_arch, InteractionDCNArch):
@@ -90,7 +93,7 @@ class HistoryInteractionArch(nn.Module):
 
     Args:
         base: of F pooled features.
-        histories: n, the last of the sparse features.
+        histories: n, the last of the sparse features: vectors of histories, and of their targets if they have some.
         width: D.
     """
 

@@ -7,6 +7,10 @@
 The collection stands beside the encoders and not in them: TorchRec's pipelines trace what holds a table, and the rest,
 which may look at data, is a leaf to them. Item ids and timestamps are keys of the same KeyedJaggedTensor as all other
 features, so loader, loop and loss stay as they are.
+
+Where a row asks about one item, as an impression about the item shown, `target_key` brings its vector too, from the
+table of the history's items. It comes as a further feature and not as a product with the history's: what crosses
+features in a DLRM then compares it with the history and with all else, and the table learns one vector an item.
 """
 
 from collections.abc import Sequence
@@ -41,11 +45,20 @@ class History:
     """A promise of how many events a row has at most. On a GPU it spares each batch a wait for the device, which None
     costs once a history; a row that breaks it ends the process there, and raises an error on CPU."""
 
+    target_key: str | None = None
+    """Key of the item that the row asks about, one id a row, a feature of the same table as item_key; None for none.
+    Its vector comes behind those of all histories, and once for histories that share it."""
+
     def __post_init__(self) -> None:
         if self.longest is not None and self.longest < 1:
             raise ConfigError(f"longest must be at least 1, got {self.longest} for {self.item_key}; None counts")
         if self.item_key == self.timestamp_key:
             raise ConfigError(f"item_key and timestamp_key must differ, got {self.item_key} twice; name the other key")
+        if self.target_key in (self.item_key, self.timestamp_key):
+            raise ConfigError(
+                f"target_key must differ from item_key and timestamp_key, got {self.target_key} twice; name the key of "
+                "the item in question, or leave it None"
+            )
 
 
 class HistoryTower(nn.Module):
@@ -64,19 +77,24 @@ class HistoryTower(nn.Module):
         self.encoders = nn.ModuleList(encoders)
         self.autocast_dtype = autocast_dtype
 
+    @property
+    def keys(self) -> list[str]:
+        """Whose vectors come, in order: items of histories, then targets, each once."""
+        targets = (history.target_key for history in self.histories if history.target_key is not None)
+        return list(dict.fromkeys([*(history.item_key for history in self.histories), *targets]))
+
     def forward(self, embedded: dict[str, JaggedTensor], features: KeyedJaggedTensor) -> Tensor:
-        """From (T, D) event vectors by item key, and timestamps by theirs; returns (B, n·D), histories in order.
+        """From (T, D) events and (B, D) targets by key, and timestamps by theirs; returns (B, (n + m)·D), as in `keys`.
 
         Raises:
-            DataError: a history has no timestamps, or another number of them than of events.
+            DataError: a history has no timestamps, or another number of them than of events; or, on CPU, a row has not
+                one target. On a GPU their number in all tells, and that they lie one in each row is believed.
         """
-        return torch.cat(
-            [
-                self._row_vectors(history, encoder, embedded[history.item_key], features)
-                for history, encoder in zip(self.histories, self.encoders, strict=True)
-            ],
-            dim=1,
-        )
+        rows = [
+            self._row_vectors(history, encoder, embedded[history.item_key], features)
+            for history, encoder in zip(self.histories, self.encoders, strict=True)
+        ]
+        return torch.cat([*rows, *(_targets(key, embedded[key]) for key in self.keys[len(rows) :])], dim=1)
 
     def _row_vectors(
         self, history: History, encoder: nn.Module, events: JaggedTensor, features: KeyedJaggedTensor
@@ -104,8 +122,9 @@ class HistoryCollection(nn.Module):
         autocast_dtype: run the encoders in this dtype (bf16 on CUDA); None for full precision.
 
     Raises:
-        ConfigError: a history names a feature that no table has, or timestamps that one has; widths differ; two
-            histories read the same items. The message names the feature and the mend.
+        ConfigError: a history names a feature that no table has, or timestamps that one has, or a target that its
+            items' table has not; widths differ; two histories read the same items, or one's are another's target. The
+            message names the feature and the mend.
     """
 
     def __init__(
@@ -123,7 +142,7 @@ class HistoryCollection(nn.Module):
         self.embedding_collection = embedding_collection
         self._managed = isinstance(embedding_collection, ManagedCollisionEmbeddingCollection)
         self.tower = HistoryTower(histories, encoders, autocast_dtype)
-        self._keyed = _Keyed([history.item_key for history in histories], encoders[0].width)
+        self._keyed = _Keyed(self.tower.keys, encoders[0].width)
 
     @property
     def histories(self) -> tuple[History, ...]:
@@ -131,12 +150,17 @@ class HistoryCollection(nn.Module):
         return self.tower.histories
 
     @property
+    def keys(self) -> list[str]:
+        """Of the vectors that come: the n item keys in order, then the m targets, each once."""
+        return self._keyed.keys
+
+    @property
     def width(self) -> int:
         """Channels D of a row's vector."""
         return self._keyed.width
 
     def forward(self, features: KeyedJaggedTensor) -> KeyedTensor:
-        """Look up and encode; returns (B, n·D) under the item keys."""
+        """Look up and encode; returns (B, (n + m)·D) under `keys`."""
         embedded = self.embedding_collection(features)
         if self._managed:
             embedded = embedded[0]  # and the remapped ids
@@ -173,17 +197,17 @@ class HistorySparseArch(nn.Module):
         self.base = base
         self.histories = histories
         self.D = width
-        self._more = len(histories.histories)
+        self._more = len(histories.keys)
         self.F = len(names) + self._more
-        self._names = [*names, *(history.item_key for history in histories.histories)]
+        self._names = [*names, *histories.keys]
 
     @property
     def sparse_feature_names(self) -> list[str]:
-        """Those of `base`, then the item keys."""
+        """Those of `base`, then the keys of `histories`."""
         return self._names
 
     def forward(self, features: KeyedJaggedTensor) -> Tensor:
-        """Look up, pool and encode; returns (B, F + n, D)."""
+        """Look up, pool and encode; returns (B, F + n + m, D): n histories, m targets."""
         pooled = self.base(features)
         history = self.histories(features).values()
         return torch.cat([pooled, history.view(-1, self._more, self.D)], dim=1)
@@ -215,6 +239,18 @@ def _timestamps(history: History, events: JaggedTensor, features: KeyedJaggedTen
             f"{len(events.values())} events and {len(times.values())} times, or other rows; correct the loader"
         )
     return times.values().long()
+
+
+def _targets(key: str, target: JaggedTensor) -> Tensor:
+    """(B, D) vectors of each row's one."""
+    lengths, vectors = target.lengths(), target.values()
+    if len(vectors) != len(lengths) or not _surely_equal(lengths, torch.ones_like(lengths)):
+        row = int((lengths != 1).nonzero()[0])
+        raise DataError(
+            f"each row must have one {key}, the target of its history, got {int(lengths[row])} in row {row}; give one "
+            "id a row in the loader, or score several by a CandidateScorer"
+        )
+    return vectors
 
 
 def _surely_equal(one: Tensor, other: Tensor) -> bool:
@@ -263,6 +299,33 @@ def _check(
                 f"the encoder of {history.item_key} must be as wide as its table, got {encoder.width} and "
                 f"{width_of[history.item_key]}; build one of them as wide as the other"
             )
+        if history.target_key in keys:
+            raise ConfigError(
+                f"target_key must be no history's item_key, got {history.target_key}; give it its own key"
+            )
+        if history.target_key is not None:
+            check_of_same_table(collection, history.item_key, history.target_key, "target_key")
+
+
+def check_of_same_table(
+    collection: EmbeddingCollection | ManagedCollisionEmbeddingCollection, item_key: str, key: str, called: str
+) -> None:
+    """Refuse an item whose vectors are not those of a history's items.
+
+    Args:
+        called: what `key` is given as, for the message.
+
+    Raises:
+        ConfigError: `key` is no feature of the table that `item_key` is a feature of.
+    """
+    table_of = {feature: table for table in event_tables(collection) for feature in table.feature_names}
+    table = table_of[item_key]
+    if key not in table.feature_names:
+        here = f", a feature of {table_of[key].name}" if key in table_of else ""
+        raise ConfigError(
+            f"{called} must be a feature of {table.name}, the table of {item_key} ({', '.join(table.feature_names)}), "
+            f"got {key}{here}; add it to that table's feature_names"
+        )
 
 
 def _owned(history: History, owner: str) -> str:

@@ -47,12 +47,15 @@ class ClickLoss(nn.Module):
         return loss, torch.stack([loss.detach() * rows, rows])
 
 
-def tables_for(meta: RankingMeta, width: int, use: HistoryUse) -> tuple[EmbeddingBagCollection, EmbeddingCollection]:
+def tables_for(
+    meta: RankingMeta, width: int, use: HistoryUse, *, target: bool = False
+) -> tuple[EmbeddingBagCollection, EmbeddingCollection]:
     """Tables on "meta" of a data set's categorical features, and of its histories' items.
 
     Args:
         width: D of all.
         use: "mean" puts histories into bags.
+        target: read targets from the tables of histories too.
     """
 
     def bag(name: str, rows: int, pooling: PoolingType) -> EmbeddingBagConfig:
@@ -65,7 +68,12 @@ def tables_for(meta: RankingMeta, width: int, use: HistoryUse) -> tuple[Embeddin
     if use == "mean":
         bags += [bag(name, rows, PoolingType.MEAN) for name, rows in meta.histories.items()]
     items = [
-        EmbeddingConfig(name=f"t_{name}", embedding_dim=width, num_embeddings=rows, feature_names=[name])
+        EmbeddingConfig(
+            name=f"t_{name}",
+            embedding_dim=width,
+            num_embeddings=rows,
+            feature_names=[name, *([meta.targets[name]] if target and name in meta.targets else [])],
+        )
         for name, rows in meta.histories.items()
     ]
     return EmbeddingBagCollection(tables=bags, device=device), EmbeddingCollection(tables=items, device=device)
@@ -77,12 +85,20 @@ def with_histories(
     encoder: Encoder,
     meta: RankingMeta,
     autocast_dtype: torch.dtype | None = None,
+    *,
+    target: bool = False,
 ) -> DLRM:
-    """Plug all histories of a data set into a new DLRM, through one encoder.
+    """Plug all histories of a data set into a new DLRM, through one encoder; with their targets, if `target` says so.
 
     The added weights start at zero here too: that learns faster than drawn ones (docs/decisions.md).
     """
     histories = [
-        History(item_key=name, timestamp_key=times_of(name), longest=meta.longest[name]) for name in meta.histories
+        History(
+            item_key=name,
+            timestamp_key=times_of(name),
+            longest=meta.longest[name],
+            target_key=meta.targets.get(name) if target else None,
+        )
+        for name in meta.histories
     ]
     return plug_into_dlrm(dlrm, items, encoder, histories, autocast_dtype=autocast_dtype)

@@ -31,6 +31,10 @@ class RankingModelConfig:
     history: Literal["encoder", "mean", "none"] = "encoder"
     """What becomes of histories: the encoder's last output, the mean of their items' vectors in a bag, or nothing."""
 
+    target: bool = False
+    """Whether the item shown is looked up in the table of its history too, so that both are compared in one space; for
+    data sets that name it."""
+
     dense_layers: tuple[int, ...] = (64,)
     """Layers of the dense part before the one as wide as the features."""
 
@@ -50,6 +54,11 @@ class RankingModelConfig:
     """Features that each branch of projection ends in."""
 
     def __post_init__(self) -> None:
+        if self.target and self.history != "encoder":
+            raise ConfigError(
+                f"target must be False where no encoder reads histories, got True with history {self.history}; take "
+                "history encoder"
+            )
         for name in ("cross_layers", "cross_rank", "branch_features"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} must be at least 1, got {getattr(self, name)}; raise it")

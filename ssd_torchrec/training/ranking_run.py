@@ -177,9 +177,14 @@ def build_ranking(config: RankingRunConfig, meta: RankingMeta, world: World) -> 
     """
     if config.training.precision == "bf16" and world.device.type != "cuda":
         raise ConfigError("training.precision bf16 is for CUDA, this run is on the CPU; take fp32")
-    width, use = config.encoder.width, config.model.history
+    width, use, target = config.encoder.width, config.model.history, config.model.target
+    if target and not meta.targets:
+        raise ConfigError(
+            f"model.target is for data sets that name the item shown, got {meta.name} without targets; prepare or "
+            "generate it again, or name one in ranking.json"
+        )
     torch.manual_seed(seed_of("weights", config.training.seed))
-    bags, items = tables_for(meta, width, use)
+    bags, items = tables_for(meta, width, use, target=target)
     if not bags.embedding_bag_configs() or not meta.dense:
         raise ConfigError(
             f"a DLRM must have dense and categorical features, got {meta.dense} and {sorted(meta.categorical)}; "
@@ -187,7 +192,8 @@ def build_ranking(config: RankingRunConfig, meta: RankingMeta, world: World) -> 
         )
     dlrm = _dlrm(config, meta, bags)
     if use == "encoder":
-        with_histories(dlrm, items, config.encoder.build(), meta, AUTOCAST[config.training.precision])
+        autocast_dtype = AUTOCAST[config.training.precision]
+        with_histories(dlrm, items, config.encoder.build(), meta, autocast_dtype, target=target)
     rows = config.data.rows_per_batch // world.size
     workload = Workload(rows_per_rank=rows, ids_per_row={name: float(n) for name, n in meta.longest.items()})
     return shard(RankingModel(dlrm), config.sharding, config.dense, world, seed=config.training.seed, workload=workload)
@@ -247,4 +253,4 @@ def _identity(meta: RankingMeta) -> str:
 
 def _model_name(config: RankingRunConfig) -> str:
     history = name_of(config.encoder) if config.model.history == "encoder" else config.model.history
-    return f"dlrm-{config.model.interaction}, history: {history}"
+    return f"dlrm-{config.model.interaction}, history: {history}{' and target' if config.model.target else ''}"

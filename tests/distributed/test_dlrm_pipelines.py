@@ -1,5 +1,6 @@
 """A plugged DLRM under torchrec's own DLRMTrain, Batch and pipelines, on one process and on two."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,8 +12,9 @@ from torchrec.models.dlrm import DLRMTrain
 from ssd_torchrec.distributed.process import World
 from ssd_torchrec.distributed.shard import DenseOptimizerConfig, ShardingConfig, shard
 from ssd_torchrec.models.dlrm import plug_into_dlrm
+from ssd_torchrec.models.history import History
 from tests.distributed.world import spawn
-from tests.models.clicks import CLICKS, KINDS, batch, dlrm, encoder, features, items
+from tests.models.clicks import CLICKS, KINDS, SHOWN, batch, dlrm, encoder, features, items
 
 LENGTHS = [3, 0, 7, 1, 20, 2, 5, 4]
 STEPS = 30
@@ -21,6 +23,10 @@ EXACT = 12
 PIPELINES = {"base": TrainPipelineBase, "sparse-dist": TrainPipelineSparseDist}
 SPLIT = ShardingConfig(sharding="row_wise", optimizer="adagrad", learning_rate=0.05)
 SGD = DenseOptimizerConfig(optimizer="sgd", learning_rate=0.5)
+TARGETS = {
+    **{kind: (kind, SHOWN) for kind in KINDS},
+    "of-a-bag-too": ("DLRM", replace(CLICKS, target_key="user")),  # both collections look it up, each in its table
+}
 
 
 def share(world: World, step: int) -> Batch:
@@ -36,10 +42,11 @@ def share(world: World, step: int) -> Batch:
     return Batch(whole.dense_features[rows], kjt, whole.labels[rows])
 
 
-def train(world: World, kind: str, pipeline: str) -> dict[str, Any]:
+def train(world: World, kind: str, pipeline: str, history: History = CLICKS) -> dict[str, Any]:
     torch.manual_seed(3)
     model = dlrm(kind, device="meta")
-    plug_into_dlrm(model, items(device="meta"), encoder(), CLICKS)
+    keys = [key for key in (history.item_key, history.target_key) if key]
+    plug_into_dlrm(model, items(*keys, device="meta"), encoder(), history)
     trainable = shard(DLRMTrain(model), SPLIT, SGD, world, seed=0)
     steps = PIPELINES[pipeline](trainable.model, trainable.optimizer, world.device)
     feed, losses = iter([share(world, step % 3) for step in range(STEPS)]), []
@@ -55,7 +62,9 @@ def train(world: World, kind: str, pipeline: str) -> dict[str, Any]:
 
 
 def train_all(world: World) -> dict[tuple[str, str], dict[str, Any]]:
-    return {(kind, name): train(world, kind, name) for kind in KINDS for name in PIPELINES}
+    return {(kind, name): train(world, kind, name) for kind in KINDS for name in PIPELINES} | {
+        ("target", name): train(world, kind, "sparse-dist", history) for name, (kind, history) in TARGETS.items()
+    }
 
 
 @pytest.fixture(scope="module")
@@ -72,14 +81,26 @@ def test_both_pipelines_learn_the_same_on_one_process(kind, group_of_one):
     assert overlapped["pipelined"] == {"ShardedEmbeddingCollection", "ShardedEmbeddingBagCollection"}
 
 
+@pytest.mark.parametrize("name", TARGETS)
+def test_with_a_target_too_both_pipelines_and_two_processes_learn_the_same(name, two_ranks, group_of_one):
+    kind, history = TARGETS[name]
+    base, overlapped = (train(group_of_one, kind, pipeline, history) for pipeline in PIPELINES)
+    assert overlapped["losses"] == pytest.approx(base["losses"], abs=1e-6)
+    assert overlapped["pipelined"] == {"ShardedEmbeddingCollection", "ShardedEmbeddingBagCollection"}
+    check_alike(overlapped, [rank["target", name] for rank in two_ranks])
+
+
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("kind", KINDS)
 def test_two_processes_learn_what_one_does(kind, pipeline, two_ranks, group_of_one):
-    alone = train(group_of_one, kind, pipeline)["losses"]
-    shares = [rank[kind, pipeline] for rank in two_ranks]
+    check_alike(train(group_of_one, kind, pipeline), [rank[kind, pipeline] for rank in two_ranks])
+
+
+def check_alike(one: dict[str, Any], shares: list[dict[str, Any]]) -> None:
+    """One process's run, and what each of two ranks had of the same."""
+    alone = one["losses"]
     together = [sum(losses) / 2 for losses in zip(*(of["losses"] for of in shares), strict=True)]
     assert together[:EXACT] == pytest.approx(alone[:EXACT], abs=1e-5)
     assert together == pytest.approx(alone, abs=1e-3)
     assert shares[0]["plan"]["t_item"].startswith("row_wise fused on rank 0, 1")
-    if pipeline == "sparse-dist":
-        assert shares[1]["pipelined"] == {"ShardedEmbeddingCollection", "ShardedEmbeddingBagCollection"}
+    assert shares[1]["pipelined"] == one["pipelined"]

@@ -11,6 +11,7 @@ from ssd_torchrec.models.history import History
 WIDTH, DENSE, USERS, PLACES, ITEMS = 16, 5, 30, 7, 50
 CLICKS = History(item_key="clicked", timestamp_key="clicked_at")
 BUYS = History(item_key="bought", timestamp_key="bought_at")
+SHOWN = History(item_key="clicked", timestamp_key="clicked_at", target_key="shown")
 KINDS = ("DLRM", "DLRM_DCN", "DLRM_Projection")
 
 
@@ -50,8 +51,8 @@ def dlrm(kind: str = "DLRM", device: str = "cpu") -> DLRM:
     return DLRM(**shared)
 
 
-def features(lengths: dict[str, list[int]], seed: int = 0) -> KeyedJaggedTensor:
-    """Two bags a row, and histories of these lengths by item key, one of them per row."""
+def features(lengths: dict[str, list[int]], seed: int = 0, shown: list[int] | None = None) -> KeyedJaggedTensor:
+    """Two bags a row, histories of these lengths by item key, one of them per row, and one shown item, or so many."""
     draw = torch.Generator().manual_seed(seed)
     rows = len(next(iter(lengths.values())))
     values = {
@@ -64,6 +65,8 @@ def features(lengths: dict[str, list[int]], seed: int = 0) -> KeyedJaggedTensor:
         values[key] = torch.randint(ITEMS, (events,), generator=draw)
         values[f"{key}_at"] = 1_700_000_000 + torch.randint(1, 10**5, (events,), generator=draw).cumsum(0)
         counts |= {key: of, f"{key}_at": of}
+    counts["shown"] = [1] * rows if shown is None else shown
+    values["shown"] = torch.randint(ITEMS, (sum(counts["shown"]),), generator=draw)
     return KeyedJaggedTensor.from_lengths_sync(
         keys=list(values),
         values=torch.cat(list(values.values())),

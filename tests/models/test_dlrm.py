@@ -11,17 +11,18 @@ from torchrec.models.dlrm import DLRM, DLRMTrain, InteractionArch
 from ssd_torchrec.encoders.registry import SYSTEMS
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.models.dlrm import HistoryInteractionArch, WidenedLinear, plug_into_dlrm
-from ssd_torchrec.models.history import HistorySparseArch
-from tests.models.clicks import BUYS, CLICKS, DENSE, KINDS, WIDTH, batch, dlrm, encoder, features, items
+from ssd_torchrec.models.history import History, HistorySparseArch
+from tests.models.clicks import BUYS, CLICKS, DENSE, ITEMS, KINDS, SHOWN, WIDTH, batch, dlrm, encoder, features, items
 
 LENGTHS = [3, 0, 7, 1, 20, 2]
+PLUGGED = {"history": CLICKS, "history-and-target": SHOWN}
 
 
-def plugged(kind: str, warm_start: bool = True) -> tuple[DLRM, DLRM]:
-    """The old model, and a copy with histories."""
+def plugged(kind: str, warm_start: bool = True, history: History = CLICKS) -> tuple[DLRM, DLRM]:
+    """The old model, and a copy with a history."""
     torch.manual_seed(0)
-    old = dlrm(kind)
-    return old, plug_into_dlrm(copy.deepcopy(old), items(), encoder(), CLICKS, warm_start=warm_start)
+    old, table = dlrm(kind), items("clicked", "shown")
+    return old, plug_into_dlrm(copy.deepcopy(old), table, encoder(), history, warm_start=warm_start)
 
 
 def gradients(model: nn.Module) -> dict[str, Tensor]:
@@ -36,10 +37,11 @@ def is_added(name: str) -> bool:
     return name.endswith(".added")
 
 
+@pytest.mark.parametrize("name", PLUGGED)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("rows", [1, 6, 257])
-def test_the_first_logits_are_the_old_models(rows, kind):
-    old, new = plugged(kind)
+def test_the_first_logits_are_the_old_models(rows, kind, name):
+    old, new = plugged(kind, history=PLUGGED[name])
     lengths = (LENGTHS * 50)[:rows]
     asked = batch(lengths)
     before, after = (model(asked.dense_features, asked.sparse_features) for model in (old, new))
@@ -76,9 +78,10 @@ def test_old_weights_are_used_on_under_their_names(kind):
             assert after[moved] is weight, name
 
 
+@pytest.mark.parametrize("name", PLUGGED)
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_added_map_learns_from_the_first_step_and_what_is_behind_it_from_the_second(kind):
-    _, model = plugged(kind)
+def test_the_added_map_learns_from_the_first_step_and_what_is_behind_it_from_the_second(kind, name):
+    _, model = plugged(kind, history=PLUGGED[name])
     train = DLRMTrain(model)
     optimizer = torch.optim.SGD(train.parameters(), lr=0.5)
     learned = []
@@ -113,6 +116,35 @@ def test_after_some_steps_order_and_times_matter(kind):
         kjt[key].values().copy_(other)
         logits.append(model(asked.dense_features, kjt).item())
     assert len(set(logits)) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_some_steps_it_matters_which_item_is_shown(kind):
+    _, model = plugged(kind, history=SHOWN)
+    train = DLRMTrain(model)
+    optimizer = torch.optim.Adam(train.parameters(), lr=0.02)
+    for step in range(10):
+        optimizer.zero_grad()
+        train(batch(LENGTHS, step))[0].backward()
+        optimizer.step()
+    asked = batch([5])
+    before = model(asked.dense_features, asked.sparse_features)
+    asked.sparse_features["shown"].values().add_(1).remainder_(ITEMS)
+    assert model(asked.dense_features, asked.sparse_features) != before
+
+
+def test_a_dot_interaction_multiplies_the_target_with_the_history_and_with_all_others():
+    _, model = plugged("DLRM", history=SHOWN)
+    asked = batch(LENGTHS)
+    sparse = model.sparse_arch(asked.sparse_features)
+    dense = model.dense_arch(asked.dense_features)
+    crossed = model.inter_arch(dense, sparse)
+    history, target = sparse[:, -2], sparse[:, -1]
+    weight = model.sparse_arch.histories.embedding_collection.embeddings["t_item"].weight
+    assert torch.equal(target, weight[asked.sparse_features["shown"].values()])
+    for other in (history, dense, sparse[:, 0], sparse[:, 1]):
+        product = (target * other).sum(1)
+        assert any(torch.allclose(product, column, atol=1e-6) for column in crossed.T)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,12 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torchrec import KeyedJaggedTensor, KeyedTensor
+from torchrec import EmbeddingCollection, EmbeddingConfig, KeyedJaggedTensor, KeyedTensor
 
 from ssd_torchrec.errors import ConfigError, DataError
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.models.history import History, HistoryCollection, HistorySparseArch
-from tests.models.clicks import BUYS, CLICKS, WIDTH, bags, dlrm, encoder, features, items
+from tests.models.clicks import BUYS, CLICKS, ITEMS, SHOWN, WIDTH, bags, dlrm, encoder, features, items
 
 LENGTHS = [3, 0, 7, 1]
 
@@ -67,6 +67,66 @@ def test_a_sparse_arch_brings_its_features_first_and_then_the_histories(kjt):
     assert got.shape == (4, 4, WIDTH)
     assert torch.equal(got[:, :2], base(kjt))
     assert torch.equal(got[:, 2:].flatten(1), collection(kjt).values())
+
+
+@pytest.fixture
+def with_target() -> HistoryCollection:
+    """Two histories about one shown item, all of one table."""
+    torch.manual_seed(0)
+    table = items("clicked", "bought", "shown")
+    return HistoryCollection(table, encoder(), [SHOWN, replace(BUYS, target_key="shown")])
+
+
+def test_a_target_comes_once_behind_the_histories_as_their_table_has_it(with_target, kjt):
+    got = with_target(kjt)
+    assert got.keys() == with_target.keys == ["clicked", "bought", "shown"]
+    weight = with_target.embedding_collection.embeddings["t_item"].weight
+    assert torch.equal(got["shown"], weight[kjt["shown"].values()])
+    for history in (CLICKS, BUYS):
+        torch.testing.assert_close(got[history.item_key], row_by_row(with_target, history, kjt))
+    assert not got["clicked"][1].any()  # no event, and a target all the same
+    assert got["shown"][1].any()
+
+
+def test_a_sparse_arch_brings_targets_last(with_target, kjt):
+    base = dlrm().sparse_arch
+    arch = HistorySparseArch(base, with_target)
+    got = arch(kjt)
+    assert (arch.F, arch.sparse_feature_names) == (5, ["user", "place", "clicked", "bought", "shown"])
+    assert torch.equal(got, torch.cat([base(kjt), with_target(kjt).values().view(4, 3, WIDTH)], dim=1))
+
+
+def test_a_tables_row_learns_from_the_history_and_from_the_target():
+    kjt = features({"clicked": [3]})
+    ids = {key: set(kjt[key].values().tolist()) for key in ("clicked", "shown")}
+    assert not ids["clicked"] & ids["shown"]
+    collection = HistoryCollection(items("clicked", "shown"), encoder(), SHOWN)
+    for key in ids:
+        collection.zero_grad()
+        collection(kjt)[key].square().sum().backward()
+        grad = collection.embedding_collection.embeddings["t_item"].weight.grad
+        assert set(grad.any(dim=1).nonzero().flatten().tolist()) == ids[key]
+
+
+WRONG_TARGETS = {"none": [1, 0, 1, 1], "two": [1, 1, 1, 2], "as-many-in-all": [1, 0, 2, 1], "no-row-has-one": [0] * 4}
+
+
+@pytest.mark.parametrize("name", WRONG_TARGETS)
+def test_a_row_without_its_one_target_is_refused(name, with_target):
+    shown = WRONG_TARGETS[name]
+    row = next(row for row, count in enumerate(shown) if count != 1)
+    kjt = features({"clicked": LENGTHS, "bought": LENGTHS}, shown=shown)
+    with pytest.raises(DataError, match=rf"row must have one shown, .* got {shown[row]} in row {row}; give one"):
+        with_target(kjt)
+
+
+def test_where_a_comparison_would_wait_their_number_tells_and_the_rest_is_believed(with_target, monkeypatch):
+    """As on a GPU."""
+    monkeypatch.setattr("ssd_torchrec.models.history._surely_equal", lambda *_: True)
+    for name in ("none", "two", "no-row-has-one"):
+        with pytest.raises(DataError, match=r"row must have one shown"):
+            with_target(features({"clicked": LENGTHS, "bought": LENGTHS}, shown=WRONG_TARGETS[name]))
+    with_target(features({"clicked": LENGTHS, "bought": LENGTHS}, shown=WRONG_TARGETS["as-many-in-all"]))
 
 
 @pytest.mark.parametrize("pooling", ["last", "mean"])
@@ -132,6 +192,15 @@ def test_as_many_times_in_other_rows_are_refused():
         collection(kjt)
 
 
+def two_tables() -> EmbeddingCollection:
+    """The items shown in a table of their own."""
+    tables = [
+        EmbeddingConfig(name=name, embedding_dim=WIDTH, num_embeddings=ITEMS, feature_names=[feature])
+        for name, feature in {"t_item": "clicked", "t_other": "shown"}.items()
+    ]
+    return EmbeddingCollection(tables=tables)
+
+
 REFUSED = {
     "unknown-items": (
         lambda: HistoryCollection(items(), encoder(), BUYS),
@@ -166,6 +235,23 @@ REFUSED = {
         lambda: HistoryCollection(items("clicked", "bought"), [encoder()], [CLICKS, BUYS]),
         r"got 1 encoders for 2 histories",
     ),
+    "unknown-target": (
+        lambda: HistoryCollection(items(), encoder(), SHOWN),
+        r"target_key must be a feature of t_item, the table of clicked \(clicked\), got shown; add it to that",
+    ),
+    "target-of-another-table": (
+        lambda: HistoryCollection(two_tables(), encoder(), SHOWN),
+        r"feature of t_item, the table of clicked \(clicked\), got shown, a feature of t_other; add it to that",
+    ),
+    "target-is-a-history": (
+        lambda: HistoryCollection(items("clicked", "bought"), encoder(), [replace(SHOWN, target_key="bought"), BUYS]),
+        r"target_key must be no history's item_key, got bought",
+    ),
+    "target-is-its-items": (
+        lambda: replace(SHOWN, target_key="clicked"),
+        r"target_key must differ .* got clicked twice",
+    ),
+    "target-is-its-times": (lambda: replace(SHOWN, target_key="clicked_at"), r"must differ .* got clicked_at twice"),
     "one-key": (lambda: History(item_key="a", timestamp_key="a"), r"must differ, got a twice"),
     "no-longest": (lambda: replace(CLICKS, longest=0), r"longest must be at least 1, got 0 for clicked"),
 }

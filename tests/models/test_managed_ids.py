@@ -1,6 +1,7 @@
 """Raw ids in a bounded table: newcomers get rows, rows go from the least used, and a DLRM learns from them."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.models.dlrm import plug_into_dlrm
 from ssd_torchrec.models.history import HistoryCollection
 from ssd_torchrec.models.managed_ids import _finalised, managed_ids, mixed
+from ssd_torchrec.models.target_aware import CandidateScorer
 from tests.models.clicks import BUYS, CLICKS, WIDTH, batch, dlrm, encoder, features, items, with_raw_ids
 
 ROWS = 8
@@ -193,3 +195,26 @@ def test_what_cannot_be_managed_is_refused(name):
     build, message = REFUSED[name]
     with pytest.raises(ConfigError, match=message):
         build()
+
+
+def test_a_target_and_candidates_are_looked_up_by_their_raw_ids():
+    raw = torch.tensor([2**60, -5, 7, 2**60], dtype=torch.int64)
+    history = replace(CLICKS, target_key="shown")
+    kjt = KeyedJaggedTensor.from_lengths_sync(
+        keys=["clicked", "clicked_at", "shown"],
+        values=torch.cat([raw, torch.arange(4), torch.tensor([2**60, 7])]),
+        lengths=torch.tensor([3, 1, 3, 1, 1, 1]),
+    )
+    torch.manual_seed(0)
+    collection = managed_ids(items("clicked", "shown"), eviction_interval=1)
+    for _ in range(2):
+        collection.train()(kjt)
+    collection.eval()
+    vector_of = collection(kjt)[0]
+    assert torch.equal(vector_of["shown"].values(), vector_of["clicked"].values()[[0, 2]])
+    got = HistoryCollection(collection, encoder(), history)(kjt).to_dict()
+    assert torch.equal(got["shown"], vector_of["shown"].values())
+    reader = encoder()
+    state = HistoryCollection(collection, reader, CLICKS)(kjt).to_dict()["clicked"]
+    scored = CandidateScorer(collection, reader, CLICKS, "shown")(kjt)
+    torch.testing.assert_close(scored, (state * got["shown"]).sum(1))

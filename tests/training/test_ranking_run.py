@@ -1,6 +1,7 @@
 """Runs of ranking models: they learn what histories tell, and are resumed, reported and refused as other runs."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +13,19 @@ from ssd_torchrec.__main__ import main
 from ssd_torchrec.data.ranking.clicks import ClicksConfig, clicks_meta, draw_clicks, generate_clicks
 from ssd_torchrec.data.ranking.folder import RankingWriter
 from ssd_torchrec.data.ranking.rows import RankingRows
+from ssd_torchrec.data.ranking.schema import RankingMeta
 from ssd_torchrec.distributed.checkpoint import read_info
 from ssd_torchrec.distributed.process import World
 from ssd_torchrec.distributed.shard import DenseOptimizerConfig, ShardingConfig
 from ssd_torchrec.encoders.gru4rec import GRU4RecConfig
 from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
 from ssd_torchrec.errors import CheckpointError, ConfigError, DataError
+from ssd_torchrec.models.ranking import RankingModel
 from ssd_torchrec.training.config import TrainingConfig
 from ssd_torchrec.training.job import checkpoint_at
 from ssd_torchrec.training.ranking_config import RankingDataConfig, RankingModelConfig, RankingRunConfig
 from ssd_torchrec.training.ranking_metrics import assess
-from ssd_torchrec.training.ranking_run import evaluate_ranking, train_ranking
+from ssd_torchrec.training.ranking_run import build_ranking, evaluate_ranking, train_ranking
 from tests.distributed.world import spawn
 
 SMALL = ClicksConfig(num_rows=1200, longest=8)
@@ -69,10 +72,58 @@ def test_every_model_leaves_figures_and_a_report(interaction, history, config):
     assert (folder / "checkpoints" / "best").is_dir()
 
 
+@pytest.mark.parametrize("interaction", ["dot", "dcn", "projection"])
+def test_a_target_is_one_more_feature_of_its_historys_table(interaction, config, data):
+    meta = RankingMeta.read(data)
+    models = []
+    for target in (False, True):
+        asked = replace(config, model=RankingModelConfig(interaction=interaction, target=target))
+        module = build_ranking(asked, meta, World()).module
+        assert isinstance(module, RankingModel)
+        models.append(module.dlrm.sparse_arch)
+    without, with_target = models
+    assert without.sparse_feature_names == ["segment", "candidate", "clicked"]
+    assert with_target.sparse_feature_names == ["segment", "candidate", "clicked", "candidate"]
+    (table,) = with_target.histories.embedding_collection.embedding_configs()
+    assert (table.name, table.feature_names) == ("t_clicked", ["clicked", "candidate"])
+    filler = RankingRows.filler(meta).batch().sparse_features
+    assert with_target(filler).shape == (1, 4, 16)
+
+
+def test_a_run_with_a_target_is_evaluated_and_told_from_one_without(config):
+    asked = replace(config, model=RankingModelConfig(target=True))
+    result = train_ranking(asked, World())
+    assert result["model"] == "dlrm-dot, history: tim4rec and target"
+    again = evaluate_ranking(Path(config.output) / "run", "", World())
+    assert again["test"] == result["test"]
+    without = replace(config, training=replace(config.training, resume="auto"))
+    with pytest.raises(CheckpointError, match="must be of the same model"):
+        train_ranking(without, World())
+
+
+def test_data_that_names_no_target_is_refused(config, data, tmp_path):
+    folder = tmp_path / "unnamed"
+    shutil.copytree(data, folder)
+    replace(RankingMeta.read(data), targets={}).write(folder)
+    asked = replace(config, model=RankingModelConfig(target=True), data=RankingDataConfig(path=str(folder)))
+    with pytest.raises(
+        ConfigError, match=r"model.target is for data sets that name the item shown, got clicks without"
+    ):
+        train_ranking(asked, World())
+
+
+@pytest.mark.parametrize("history", ["mean", "none"])
+def test_a_target_without_an_encoder_is_refused(history):
+    with pytest.raises(ConfigError, match=rf"got True with history {history}; take history encoder"):
+        RankingModelConfig(history=history, target=True)
+
+
 @pytest.mark.slow
-def test_two_processes_end_where_one_does(data, tmp_path, config):
-    alone = train_ranking(config, World())
-    spawn(train_shared, 2, run_on(data, tmp_path / "two"))
+@pytest.mark.parametrize("target", [False, True], ids=["history", "history-and-target"])
+def test_two_processes_end_where_one_does(target, data, tmp_path, config):
+    model = RankingModelConfig(target=target)
+    alone = train_ranking(replace(config, model=model), World())
+    spawn(train_shared, 2, replace(run_on(data, tmp_path / "two"), model=model))
     together = json.loads((tmp_path / "two" / "run" / "result.json").read_text())
     for part in ("valid", "test"):
         for name, figure in alone[part].items():

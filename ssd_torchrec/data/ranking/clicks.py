@@ -126,6 +126,7 @@ def clicks_meta(config: ClicksConfig) -> RankingMeta:
         dense=[f"dense_{n}" for n in range(config.num_dense)],
         categorical={SEGMENT: config.num_segments, CANDIDATE: config.num_items},
         histories={HISTORY: config.num_items},
+        targets={HISTORY: CANDIDATE},
         longest={},
         num_rows={},
         num_positives={},

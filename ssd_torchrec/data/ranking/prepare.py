@@ -95,6 +95,7 @@ def _described(name: str, config: PrepareRankingConfig) -> RankingMeta:
         dense=[*config.dense],
         categorical=dict.fromkeys((CANDIDATE, *config.categorical), 1),
         histories={config.history: 1},
+        targets={config.history: CANDIDATE},
         longest={},
         num_rows={},
         num_positives={},

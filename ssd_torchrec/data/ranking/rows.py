@@ -46,12 +46,11 @@ class RankingRows:
 
     @staticmethod
     def filler(meta: RankingMeta) -> "RankingRows":
-        """One row of nothing, for a rank that has none."""
+        """One row of nothing but targets, of id 0, for a rank that has none."""
         nothing = Jagged(np.zeros(0, np.int64), offsets_of(np.zeros(1, np.int64)))
         one = np.zeros(1, np.int64)
-        return RankingRows(
-            one + FILLER, one, np.zeros((1, len(meta.dense)), np.float32), dict.fromkeys(meta.keys, nothing)
-        )
+        jagged = dict.fromkeys(meta.keys, nothing) | dict.fromkeys(meta.targets.values(), Jagged(one, np.arange(2)))
+        return RankingRows(one + FILLER, one, np.zeros((1, len(meta.dense)), np.float32), jagged)
 
     def batch(self) -> Batch:
         """For torchrec's DLRM: (R, n) float32, a KeyedJaggedTensor of int64 ids and times, (R,) labels."""
@@ -68,8 +67,8 @@ def check_rows(rows: RankingRows, meta: RankingMeta, place: str) -> None:
         place: where the rows come from, for the message.
 
     Raises:
-        DataError: a label that is neither 0 nor 1, a dense value that is not finite, an id outside its table, times
-            that fall within a history or are not before the impression.
+        DataError: a label that is neither 0 nor 1, a dense value that is not finite, an id outside its table, a row
+            without its one target, times that fall within a history or are not before the impression.
     """
     if (wrong := np.flatnonzero((rows.label != 0) & (rows.label != 1))).size:
         raise DataError(f"{place}, row {wrong[0]}: label must be 0 or 1, got {rows.label[wrong[0]]}; correct it")
@@ -84,6 +83,12 @@ def check_rows(rows: RankingRows, meta: RankingMeta, place: str) -> None:
             row = _row(rows.jagged[key], wrong[0])
             raise DataError(
                 f"{place}, row {row}: {key} must be ids 0..{count - 1}, got {values[wrong[0]]}; map it first"
+            )
+    for history, target in meta.targets.items():
+        if (wrong := np.flatnonzero(rows.jagged[target].lengths != 1)).size:
+            raise DataError(
+                f"{place}, row {wrong[0]}: {target}, the target of {history}, must be one id, got "
+                f"{rows.jagged[target].lengths[wrong[0]]}; give each row one, or take it out of targets"
             )
     for name in meta.histories:
         _check_times(rows, name, place)

@@ -10,7 +10,7 @@ DIR/train.parquet    one row an impression; valid.parquet and test.parquet likew
 """
 
 import json
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -57,6 +57,10 @@ class RankingMeta:
     vocabulary: str = ""
     """Content hash of the vocabulary of items, if one gave out their ids."""
 
+    targets: dict[str, str] = field(default_factory=dict)
+    """By history, of those that have one, the categorical feature that holds the item shown: one id a row, of the ids
+    that the history's items draw from."""
+
     def __post_init__(self) -> None:
         names = [*RESERVED, *self.dense, *self.categorical, *self.histories, *map(times_of, self.histories)]
         if taken := sorted({name for name in names if names.count(name) > 1}):
@@ -70,6 +74,23 @@ class RankingMeta:
         for feature, rows in {**self.categorical, **self.histories}.items():
             if rows < 1:
                 raise DataError(f"{feature} must draw from at least 1 id, got {rows}; leave it out")
+        self._check_targets()
+
+    def _check_targets(self) -> None:
+        shown = list(self.targets.values())
+        for history, target in self.targets.items():
+            if history not in self.histories or target not in self.categorical:
+                raise DataError(
+                    f"targets must be categorical features ({', '.join(self.categorical)}) by history "
+                    f"({', '.join(self.histories)}), got {target} by {history}; correct the names"
+                )
+            if self.categorical[target] != self.histories[history]:
+                raise DataError(
+                    f"{target}, the target of {history}, must draw from its {self.histories[history]} ids, got "
+                    f"{self.categorical[target]}; number both by one vocabulary"
+                )
+            if shown.count(target) > 1:
+                raise DataError(f"{target} must be the target of one history, got it of several; name one of them")
 
     @property
     def keys(self) -> list[str]:
@@ -94,7 +115,8 @@ class RankingMeta:
             version = content["format_version"]
         except (ValueError, KeyError, TypeError) as error:
             raise DataError(f"{file}: must describe a ranking data set, but {error}; prepare it again") from error
-        if version != FORMAT_VERSION or content.keys() != {field.name for field in fields(cls)}:
+        known = {field.name for field in fields(cls)}
+        if version != FORMAT_VERSION or content.keys() | {"targets"} != known:  # without them it was written before
             raise DataError(
                 f"{file}: must be of format {FORMAT_VERSION}, got {version} with {sorted(content)}; prepare it again "
                 "with this version"

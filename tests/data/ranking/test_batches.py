@@ -110,7 +110,9 @@ def test_a_rank_without_a_row_gets_one_of_no_label(part):
     assert [batch.labels.tolist() for batch in last[1:]] == [[-1]] * 6
     assert len(last[0].labels) == 1
     assert last[0].labels.item() >= 0
-    assert last[1].sparse_features.lengths().tolist() == [0] * 4
+    assert last[1].sparse_features.keys() == ["segment", "candidate", "clicked", "clicked_at"]
+    assert last[1].sparse_features.lengths().tolist() == [0, 1, 0, 0]  # a model asks about one item in every row
+    assert last[1].sparse_features.values().tolist() == [0]
 
 
 @pytest.mark.parametrize("rows", [25, 0, -24])

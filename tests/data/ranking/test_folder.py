@@ -47,7 +47,20 @@ def test_what_was_written_comes_back_in_three_parts(folder):
     assert meta.num_rows == {"train": 240, "valid": 30, "test": 30}
     assert sum(meta.num_positives.values()) == rows.label.sum()
     assert meta.longest == {"clicked": max(rows.jagged["clicked"].lengths)}
+    assert meta.targets == {"clicked": "candidate"}
     assert sorted(path.name for path in folder.parent.iterdir()) == ["clicks"]
+
+
+def test_a_set_of_before_there_were_targets_is_read_as_one_without(folder):
+    file = folder / META_FILE
+    content = json.loads(file.read_text())
+    del content["targets"]
+    file.write_text(json.dumps(content))
+    assert RankingMeta.read(folder) == replace(RankingPart(folder, "train").meta, targets={})
+    del content["histories"]
+    file.write_text(json.dumps(content))
+    with pytest.raises(DataError, match=r"must be of format 1, got 1 with"):
+        RankingMeta.read(folder)
 
 
 @pytest.mark.parametrize("rows_per_group", [7, 100])
@@ -129,7 +142,16 @@ def without_a_time(rows: RankingRows) -> RankingRows:
     return replace(rows, jagged=rows.jagged | {"clicked_at": Jagged(times.values[:-1], offsets)})
 
 
+def with_two_shown(rows: RankingRows) -> RankingRows:
+    """One in no row, two in the next."""
+    shown = rows.jagged["candidate"]
+    offsets = shown.offsets.copy()
+    offsets[3] -= 1
+    return replace(rows, jagged=rows.jagged | {"candidate": Jagged(shown.values, offsets)})
+
+
 REFUSED = {
+    "target": (with_two_shown, r"row 2: candidate, the target of clicked, must be one id, got 0; give each row one"),
     "label": (with_label, r"row 3: label must be 0 or 1, got 2"),
     "dense": (with_nan, r"row 4: dense_1 must be finite, got nan"),
     "bag": (lambda rows: changed(rows, "segment", 6, 8), r"row 8: segment must be ids 0..5, got 6"),
@@ -167,11 +189,21 @@ def test_a_folder_that_is_none_is_refused(tmp_path):
 DAMAGES = {
     "version": ({"format_version": 9}, r"must be of format 1, got 9"),
     "rows": ({"num_rows": {"train": 7, "valid": 30, "test": 30}}, r"must have 7 rows as ranking.json says, got 240"),
-    "columns": ({"categorical": {"segment": 6}}, r"must have the columns of ranking.json"),
+    "columns": ({"categorical": {"segment": 6}, "targets": {}}, r"must have the columns of ranking.json"),
     "twice": ({"dense": ["segment"]}, r"got \['segment'\] twice"),
     "share": ({"negative_share": 0}, r"negative_share must be above 0"),
     "empty": ({"categorical": {"segment": 0, "candidate": 200}}, r"segment must draw from at least 1 id"),
     "none": ({"histories": {}}, r"must have at least one history"),
+    "target-of-no-history": ({"targets": {"read": "candidate"}}, r"\(clicked\), got candidate by read; correct"),
+    "no-such-target": ({"targets": {"clicked": "item"}}, r"features \(segment, candidate\) .*, got item by clicked"),
+    "target-of-other-ids": (
+        {"targets": {"clicked": "segment"}},
+        r"segment, the target of clicked, must draw from its 200 ids, got 6; number both by one vocabulary",
+    ),
+    "target-of-two": (
+        {"histories": {"clicked": 200, "read": 200}, "targets": {"clicked": "candidate", "read": "candidate"}},
+        r"candidate must be the target of one history, got it of several",
+    ),
 }
 
 

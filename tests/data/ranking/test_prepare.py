@@ -299,6 +299,7 @@ def test_dense_values_are_filled_in_where_that_is_asked(tmp_path):
 def test_a_set_needs_neither_dense_nor_further_categorical_columns(tmp_path):
     config = PrepareRankingConfig(history="bought", name="shop")
     meta = prepared(tmp_path, drawn(5), config).meta
+    assert meta.targets == {"bought": "candidate"}
     assert (meta.name, meta.dense, list(meta.categorical), list(meta.histories)) == (
         "shop",
         [],
