@@ -109,8 +109,9 @@ def _rows_of_users(asked: pa.Array, known: pa.ChunkedArray) -> Ints:
 def _with_histories(blocks: Iterator[Block], histories: UserHistories, folder: Path) -> AskedUsers:
     vocabulary, values, meta = histories.vocabulary(), histories.values(), histories.meta
     parts: list[pa.Array] = []
-    columns = {"context": meta.context, "event_columns": meta.event_columns}
-    with DatasetWriter(folder, name="asked", vocabulary=vocabulary, **columns) as writer:
+    with DatasetWriter(
+        folder, name="asked", vocabulary=vocabulary, context=meta.context, event_columns=meta.event_columns
+    ) as writer:
         for block in blocks:
             expected = IdType(parts[0].type if parts else None, "as in the rows before" if parts else "")
             parts.append(block.ids("user_id", expected))
