@@ -21,7 +21,7 @@ from ssd_torchrec.data.prepare.run import PrepareConfig, prepare
 from ssd_torchrec.distributed.checkpoint import load_weights, read_info
 from ssd_torchrec.distributed.process import World
 from ssd_torchrec.distributed.shard import ShardingConfig
-from ssd_torchrec.encoders.tim4rec import TiM4RecConfig
+from ssd_torchrec.encoders.sasrec import SASRecConfig
 from ssd_torchrec.errors import CheckpointError, ConfigError, DataError
 from ssd_torchrec.models.next_item import NextItemModel
 from ssd_torchrec.training.build import build
@@ -70,10 +70,10 @@ def run_on(data: Path, output: Path, name: str, *columns: str) -> RunConfig:
     return RunConfig(
         name=name,
         output=str(output),
-        encoder=TiM4RecConfig(width=16, head_width=8, state=8, layers=1),
+        encoder=SASRecConfig(width=16, layers=1, heads=2, dropout=0.1),
         data=DataConfig(path=str(data), event_columns=columns, tokens_per_batch=512),
         sharding=ShardingConfig(learning_rate=0.01),
-        training=TrainingConfig(epochs=12, log_every=10, warmup_steps=5),
+        training=TrainingConfig(epochs=12, log_every=10, warmup_steps=5, evaluate_every=6),
     )
 
 
