@@ -290,7 +290,8 @@ def _recommend(words: list[str], about: str) -> int:
         """A checkpoint folder, or a run folder for its best one."""
 
         users: tyro.conf.Positional[str]
-        """Parquet, CSV or JSON lines of whom to recommend to: user_id, or user_id, item, timestamp and context."""
+        """Parquet, CSV or JSON lines of whom to recommend to: user_id, or user_id, item, timestamp, context and the
+        event columns that the model is told."""
 
         output: str
         """Parquet file to write: user_id, item, score; one that is there is replaced."""

@@ -68,7 +68,8 @@ def _options(run: RunConfig) -> Any:
         """Split of every table. auto: by rows; whole on one rank. data_parallel is refused."""
 
         by_table: dict[str, BagSplit] = field(default_factory=dict)
-        """Tables that are split differently, such as city table_row_wise: a context feature's table has its name."""
+        """Tables that are split differently, such as city table_row_wise: the table of a context feature or an event
+        column has its name."""
 
         optimizer: Literal["auto", "sgd", "adagrad", "rowwise_adagrad", "adam"] = run.sharding.optimizer
         """What updates the tables. auto: adam."""
@@ -85,6 +86,9 @@ def _options(run: RunConfig) -> Any:
 
         context: dict[str, int] = field(default_factory=dict)
         """Context features: name and number of ids of each, such as city 5000."""
+
+        event_columns: dict[str, int] = field(default_factory=dict)
+        """Event columns: name and number of ids of each, such as action 5."""
 
         ranks_per_machine: int = 8
         """GPUs that share a machine."""
@@ -116,6 +120,7 @@ def _request(asked: Any, run: RunConfig) -> CapacityRequest:
         sharding=sharding,
         dense=run.dense,
         context=asked.context,
+        event_columns=asked.event_columns,
         tokens_per_batch=asked.batch,
         mean_length=asked.mean_length,
         ranks_per_machine=asked.ranks_per_machine,

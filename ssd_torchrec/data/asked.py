@@ -3,7 +3,8 @@
     # known         user_id                              as the log had them
     # with history  user_id  item        timestamp       a list of raw ids, as many unix seconds ascending
     #               "ann"    [70, 3, 3]  [100, 160, 900]
-    #               ... and for each context column of the data set a list of its values, or of ids if they have none
+    #               ... and for each context column of the data set a list of its values, or of ids if they have none;
+    #               for each event column as many of these as items, null for an event without a value
 
 Histories that are brought become a data set of their own in a folder of the caller's, item ids mapped by the
 vocabulary of the data set the model was trained on. So both kinds come down to rows of a data set.
@@ -21,7 +22,7 @@ import pyarrow.compute as pc
 from ssd_torchrec.data.asked_file import Block, IdType, blocks_of
 from ssd_torchrec.data.parquet import UserHistories
 from ssd_torchrec.data.rows import Ints, Jagged, Rows
-from ssd_torchrec.data.schema import DatasetMeta
+from ssd_torchrec.data.schema import UNKNOWN, DatasetMeta
 from ssd_torchrec.data.values import Values
 from ssd_torchrec.data.vocabulary import Vocabulary
 from ssd_torchrec.data.writer import DatasetWriter
@@ -46,14 +47,14 @@ def read_asked_users(file: Path, histories: UserHistories, folder: Path, *, skip
 
     Args:
         histories: the data set whose users and items are known; its vocabulary maps raw item ids, and unknown ones get
-            the rows for unknown ids.
+            the rows for unknown ids. Event columns are those that it reads.
         folder: where histories that are brought go, as a data set; not made for users known by their ids.
         skip_unknown: leave users out that the data set does not know.
 
     Raises:
         DataError: the file is empty or unreadable, has other columns, a null, ids of another type than the data set's,
-            item and timestamp of different length, times that fall, are negative or no seconds, context ids out of
-            range, or users that are unknown. The message names the row.
+            item and timestamp or an event column of different length, times that fall, are negative or no seconds, ids
+            or values that the data set's columns do not have, or users that are unknown. The message names the row.
     """
     blocks = blocks_of(file)
     first = next(blocks, None)
@@ -66,7 +67,7 @@ def read_asked_users(file: Path, histories: UserHistories, folder: Path, *, skip
 
 
 def _brings_histories(first: Block, meta: DatasetMeta) -> bool:
-    columns, whole = set(first.columns), {"user_id", "item", "timestamp", *meta.context}
+    columns, whole = set(first.columns), {"user_id", "item", "timestamp", *meta.context, *meta.event_columns}
     if columns not in ({"user_id"}, whole):
         others = ", ".join(sorted(whole - {"user_id"}))
         raise DataError(
@@ -108,7 +109,9 @@ def _rows_of_users(asked: pa.Array, known: pa.ChunkedArray) -> Ints:
 def _with_histories(blocks: Iterator[Block], histories: UserHistories, folder: Path) -> AskedUsers:
     vocabulary, values, meta = histories.vocabulary(), histories.values(), histories.meta
     parts: list[pa.Array] = []
-    with DatasetWriter(folder, name="asked", vocabulary=vocabulary, context=meta.context) as writer:
+    with DatasetWriter(
+        folder, name="asked", vocabulary=vocabulary, context=meta.context, event_columns=meta.event_columns
+    ) as writer:
         for block in blocks:
             expected = IdType(parts[0].type if parts else None, "as in the rows before" if parts else "")
             parts.append(block.ids("user_id", expected))
@@ -125,18 +128,17 @@ def _rows(block: Block, meta: DatasetMeta, vocabulary: Vocabulary, values: Value
         name: _bags_of_values(block, name, values[name]) if name in values else _bags(block, name, count)
         for name, count in meta.context.items()
     }
+    event_columns = {
+        name: _event_ids(block, name, offsets, count, values) for name, count in meta.event_columns.items()
+    }
     number = block.first_row + np.arange(len(offsets) - 1)  # ids of any type, so the rows are numbered instead
-    return Rows(number, vocabulary.rows_of(item), timestamp, offsets, context=context)
+    return Rows(number, vocabulary.rows_of(item), timestamp, offsets, context, event_columns)
 
 
 def _seconds(block: Block, item_offsets: Ints) -> Ints:
     values, offsets = block.id_lists("timestamp", IdType(pa.int64(), "unix seconds"))
-    seconds, items, times = values.to_numpy(), np.diff(item_offsets), np.diff(offsets)
-    block.refuse_where(
-        items != times,
-        np.arange(len(offsets)),
-        lambda at: f"item and timestamp must be equally long, got {items[at]} and {times[at]}; give each item a time",
-    )
+    _refuse_other_lengths(block, "timestamp", offsets, item_offsets, "give each item a time")
+    seconds = values.to_numpy()
     block.refuse_where(
         (seconds < 0) | (seconds > LATEST_S),
         offsets,
@@ -146,7 +148,7 @@ def _seconds(block: Block, item_offsets: Ints) -> Ints:
         ),
     )
     falls = np.diff(seconds, prepend=seconds[:1]) < 0
-    falls[offsets[:-1][times > 0]] = False  # a new row may begin earlier than the last one ended
+    falls[offsets[:-1][np.diff(offsets) > 0]] = False  # a new row may begin earlier than the last one ended
     block.refuse_where(
         falls,
         offsets,
@@ -157,26 +159,50 @@ def _seconds(block: Block, item_offsets: Ints) -> Ints:
     return seconds
 
 
+def _refuse_other_lengths(block: Block, name: str, offsets: Ints, item_offsets: Ints, mend: str) -> None:
+    items, others = np.diff(item_offsets), np.diff(offsets)
+    block.refuse_where(
+        items != others,
+        np.arange(len(offsets)),
+        lambda at: f"item and {name} must be equally long, got {items[at]} and {others[at]}; {mend}",
+    )
+
+
 def _bags(block: Block, name: str, count: int) -> Jagged:
     values, offsets = block.id_lists(name, IdType(pa.int64(), "of the data set's context"))
-    ids = values.to_numpy()
+    return Jagged(_in_range(block, name, values.to_numpy(), offsets, count), offsets)
+
+
+def _in_range(block: Block, name: str, ids: Ints, offsets: Ints, count: int) -> Ints:
     block.refuse_where(
         (ids < 0) | (ids >= count),
         offsets,
         lambda at: f"{name} must be ids 0..{count - 1} as in the data set, got {ids[at]}; correct the id",
     )
-    return Jagged(ids, offsets)
+    return ids
 
 
 def _bags_of_values(block: Block, name: str, known: pa.Array) -> Jagged:
     values, offsets = block.id_lists(name, IdType(None, "of the data set's context"))
+    return Jagged(_ids_of_values(block, name, values, offsets, known, "leave it out of the list"), offsets)
+
+
+def _ids_of_values(block: Block, name: str, values: pa.Array, offsets: Ints, known: pa.Array, mend: str) -> Ints:
     options = pc.SetLookupOptions(value_set=known)
     ids = pc.call_function("index_in", [values.cast(pa.large_string())], options)
     block.refuse_where(
         ids.is_null().to_numpy(zero_copy_only=False),
         offsets,
-        lambda at: (
-            f"{name} must be values that the data set knows, got {values[at].as_py()!r}; leave it out of the list"
-        ),
+        lambda at: f"{name} must be values that the data set knows, got {values[at].as_py()!r}; {mend}",
     )
-    return Jagged(ids.to_numpy().astype(np.int64), offsets)
+    return ids.to_numpy().astype(np.int64)
+
+
+def _event_ids(block: Block, name: str, item_offsets: Ints, count: int, values: Values) -> Ints:
+    """(E,) id of each event in an event column; null is unknown."""
+    of_type = IdType(None if name in values else pa.int64(), "of the data set's event column")
+    given, offsets = block.id_lists(name, of_type, nulls=True)
+    _refuse_other_lengths(block, name, offsets, item_offsets, f"give each item its {name}, or null")
+    if name not in values:
+        return _in_range(block, name, given.fill_null(UNKNOWN).to_numpy(), offsets, count)
+    return _ids_of_values(block, name, given, offsets, values[name], "write null for an event without a value")

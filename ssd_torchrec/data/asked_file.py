@@ -55,8 +55,11 @@ class Block:
         self._refuse_nulls(column, _each(column), f"{name} must not be null; drop the user")
         return self._cast(name, column, _each(column), expected)
 
-    def id_lists(self, name: str, expected: IdType) -> tuple[pa.Array, Ints]:
+    def id_lists(self, name: str, expected: IdType, *, nulls: bool = False) -> tuple[pa.Array, Ints]:
         """A column of a list of ids a row: all ids end to end, and the (R+1,) offsets that cut them.
+
+        Args:
+            nulls: whether an id, though no list, may be null.
 
         Raises:
             DataError: it is of another type, or null somewhere.
@@ -67,7 +70,8 @@ class Block:
             self.refuse(0, f"{name} must be a list of {expected}, got {column.type}; write one list a user")
         offsets = offsets_of(column.value_lengths().to_numpy().astype(np.int64))
         values = column.flatten()
-        self._refuse_nulls(values, offsets, f"{name} must hold no null; drop the event")
+        if not nulls:
+            self._refuse_nulls(values, offsets, f"{name} must hold no null; drop the event")
         return self._cast(name, values, offsets, expected), offsets
 
     def refuse(self, row: int, message: str) -> NoReturn:
@@ -85,7 +89,7 @@ class Block:
             self.refuse_where(values.is_null().to_numpy(zero_copy_only=False), offsets, lambda _: message)
 
     def _cast(self, name: str, values: pa.Array, offsets: Ints, expected: IdType) -> pa.Array:
-        if not len(values):
+        if values.null_count == len(values):  # of no type in particular
             return values.cast(expected.type or pa.int64())
         is_text = self.file.suffix == ".csv" and expected.type == pa.int64()  # where a column of ids has no type yet
         wanted = pa.int64() if is_text or pa.types.is_integer(values.type) else pa.large_string()

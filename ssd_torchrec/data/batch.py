@@ -11,8 +11,9 @@ from torchrec import KeyedJaggedTensor
 from torchrec.streamable import Pipelineable
 
 from ssd_torchrec.data.negatives import SharedNegatives
+from ssd_torchrec.data.objective import MASK
 from ssd_torchrec.data.rows import Ints, Rows
-from ssd_torchrec.data.schema import DatasetMeta
+from ssd_torchrec.data.schema import UNKNOWN, DatasetMeta
 from ssd_torchrec.jagged import JaggedLayout
 
 
@@ -25,6 +26,7 @@ class Batch(Pipelineable):
     # timestamp   [100, 160, 900]  []      [120, 121]   int64 seconds; no table owns this key
     # candidate   [3, 4, 9, 12]    []      []           all in row 0, as the keys of a KJT share B
     # segment     [5]              []      [1]          a context key: one bag a row
+    # action      [2, 0, 1]        []      [1, 1]       an event column: an id an event, 0 for none
     # target      [0, 0, 2]        []      [1, -1]      position in the candidate list; -1 asks for nothing
     # negative    [2, 3, 1]        []      [0, 0]       if the loss wants one a target
     # log_q       [-1, -2, -1, -3] []      []           if the candidates were drawn by chance
@@ -70,6 +72,9 @@ def collate(
 ) -> Batch:
     """Lay rows out as a batch on the host; no rows become one empty row, since no rank may come without any.
 
+    The context and event columns are those of `meta`. An event whose item is hidden has unknown ids in every event
+    column: they could tell the item.
+
     Args:
         rows: B histories.
         target_item: (T,) table row of the item to tell at each event, or -1 where nothing is asked. Rows below
@@ -95,10 +100,13 @@ def collate(
     for name in meta.context:
         lengths.append(rows.context[name].lengths)
         values.append(rows.context[name].values)
+    for name in meta.event_columns:
+        lengths.append(rows.lengths)
+        values.append(np.where(rows.item == MASK, UNKNOWN, rows.event_columns[name]))
     if not rows.num_rows:
         lengths = [part if len(part) else np.zeros(1, np.int64) for part in lengths]
     features = KeyedJaggedTensor.from_lengths_sync(
-        keys=["item", "timestamp", "candidate", *meta.context],
+        keys=["item", "timestamp", "candidate", *meta.context, *meta.event_columns],
         values=torch.from_numpy(np.concatenate(values)),
         lengths=torch.from_numpy(np.concatenate(lengths)),
     )

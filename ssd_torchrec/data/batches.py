@@ -194,7 +194,10 @@ def _read(histories: UserHistories, window: Window, of_row: Ints) -> tuple[Rows,
 
 
 def ending_in_mask(rows: Rows) -> Rows:
-    """Each row with one more event after its last: at the same time, its item hidden. Rows have events."""
+    """Each row with one more event after its last: at the same time, its item hidden. Rows have events.
+
+    Its event columns are the last event's, and hidden by `collate`.
+    """
     lengths = rows.lengths + 1
     ends = np.cumsum(lengths)
     there = np.arange(ends[-1] if len(ends) else 0) - np.repeat(np.arange(len(lengths)), lengths)

@@ -42,10 +42,12 @@ class ObjectiveConfig:
     """sampled: chance of an event to be asked for in an epoch. 1 is the papers' protocol, and squares the cost."""
 
     mask_share: float = 0.0
-    """masked: chance of an event to be hidden and asked for; a row that would hide none hides its last."""
+    """masked: chance of an event to be hidden and asked for; a row that would hide none hides its last. Event columns
+    are hidden with the item, the time is not."""
 
     hide_share: float = 0.0
-    """Chance of an event's item to be hidden from the encoder in training, and nothing else; SSD4Rec's rho."""
+    """Chance of an event's item to be hidden from the encoder in training, with its event columns and nothing else;
+    SSD4Rec's rho."""
 
     loss: Loss = "softmax"
     """softmax: cross-entropy over the catalogue; bce: each target against one item drawn from the catalogue, which the

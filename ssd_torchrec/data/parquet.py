@@ -1,7 +1,7 @@
 """Data sets on disk, opened with every row checked and streamed by row groups; `writer.py` writes them."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +39,14 @@ class UserHistories:
     @property
     def fingerprint(self) -> str:
         return self.meta.fingerprint
+
+    def with_event_columns(self, names: Iterable[str]) -> "UserHistories":
+        """The same data set, of whose event columns only these are read.
+
+        Raises:
+            ConfigError: it has no such column.
+        """
+        return replace(self, meta=self.meta.with_event_columns(names))
 
     def read(self, row_group: int) -> Rows:
         """The rows of one row group.

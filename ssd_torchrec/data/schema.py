@@ -7,16 +7,18 @@ Table rows: 0 is the mask, 1..num_oov_buckets take unknown ids by hash, then com
 """
 
 import json
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
 
-from ssd_torchrec.errors import DataError
+from ssd_torchrec.errors import ConfigError, DataError
 
 FORMAT_VERSION = 2
 META_FILE = "meta.json"
 EVENT_COLUMNS = ("item", "timestamp")
 RAW_USER_ID = "raw_user_id"
+UNKNOWN = 0  # id in every event column of an event without a value
 RESERVED = ("user_id", RAW_USER_ID, *EVENT_COLUMNS, "candidate")
 
 CUTOFFS = (10, 20, 50)  # K of every ranking metric
@@ -94,6 +96,20 @@ class DatasetMeta:
     def num_table_rows(self) -> int:
         """Rows of the item table: mask, out-of-vocabulary buckets, items."""
         return self.first_item + self.num_items
+
+    def with_event_columns(self, names: Iterable[str]) -> "DatasetMeta":
+        """The same, with no event columns but these, in the order of the data set.
+
+        Raises:
+            ConfigError: the data set has no such column.
+        """
+        wanted = set(names)
+        if missing := sorted(wanted - self.event_columns.keys()):
+            raise ConfigError(
+                f"event columns must be of the data set {self.name}, which has {sorted(self.event_columns)}, got "
+                f"{missing}; leave them out of data.event_columns, or prepare the data set with --event-columns"
+            )
+        return replace(self, event_columns={name: n for name, n in self.event_columns.items() if name in wanted})
 
     @classmethod
     def read(cls, folder: Path | str) -> "DatasetMeta":

@@ -99,6 +99,9 @@ class CapacityRequest:
     context: dict[str, int] = field(default_factory=dict)
     """Context features: name, and how many ids it draws from."""
 
+    event_columns: dict[str, int] = field(default_factory=dict)
+    """Event columns: name, and how many ids it draws from."""
+
     tokens_per_batch: int = 4096
     """Events of one global batch, over all ranks."""
 
@@ -121,8 +124,9 @@ class CapacityRequest:
                 raise ConfigError(f"{name} must be at least {value}, got {getattr(self, name)}; raise it")
         if self.ranks > MOST_RANKS:
             raise ConfigError(f"ranks must be at most {MOST_RANKS}, got {self.ranks}; plan for fewer")
-        if taken := sorted({ITEM_TABLE, "candidate"}.intersection(self.context)):
-            raise ConfigError(f"context must be named other than the items, got {', '.join(taken)}; rename it")
+        for kind in ("context", "event_columns"):
+            if taken := sorted({ITEM_TABLE, "candidate"}.intersection(getattr(self, kind))):
+                raise ConfigError(f"{kind} must be named other than the items, got {', '.join(taken)}; rename it")
         for name in ("memory_gib", "host_memory_gib"):
             value = getattr(self, name)
             if value is not None and not (value > 0 and isfinite(value)):
@@ -198,6 +202,7 @@ def plan_capacity(request: CapacityRequest) -> Capacity:
             num_item_rows=1 + request.num_oov_buckets + request.items,
             first_item=1 + request.num_oov_buckets,
             context=request.context,
+            event_columns=request.event_columns,
         )
         model = NextItemModel(tables, tower, table_device="meta")
     need = _Need(request, tables_of(model), _dense_bytes(model, request.dense))
@@ -272,7 +277,8 @@ class _Need:
         length = self.request.mean_length
         rows = max(1, round(self.request.tokens_per_batch / length / ranks))
         candidates = self.candidates(config, ranks)
-        return Workload(rows_per_rank=rows, ids_per_row={"item": length, "candidate": candidates / rows})
+        of_events = dict.fromkeys(["item", *self.request.event_columns], length)
+        return Workload(rows_per_rank=rows, ids_per_row=of_events | {"candidate": candidates / rows})
 
     def events(self, ranks: int) -> int:
         """Of a rank's batch: its share, or a whole history if that is more."""

@@ -68,8 +68,8 @@ def _check(checkpoint: Path, layout: Mapping[str, Entry], rows: Mapping[str, int
     }
     if had.keys() != rows.keys():
         raise CheckpointError(
-            f"{checkpoint} must have the tables {sorted(rows)}, got {sorted(had)}; they come from the items and the "
-            "context features of the data set"
+            f"{checkpoint} must have the tables {sorted(rows)}, got {sorted(had)}; they come from the items, "
+            "the context features and the event columns of the data set"
         )
     for table, count in had.items():
         if rows[table] < count:

@@ -1,18 +1,20 @@
 """Predict every next item of a history from one sharded item table.
 
-    ids ─► EmbeddingCollection ─► (T, D) events ─► encoder ─► (T, D) ─┐
-    context bags ─► EmbeddingBagCollection ─► (B, F·D) ─► linear ─────┴─► queries (T, D)
+    ids ─► EmbeddingCollection ─► (T, D) ─┐
+    event columns ─► EmbeddingCollection ─┴─► (T, D) events ─► encoder ─► (T, D) ─┐
+    context bags ─► EmbeddingBagCollection ─► (B, F·D) ─► linear ─────────────────┴─► queries (T, D)
     candidate ids ─► the same item table ─► (C, D) ─► softmax over queries · candidates
 
 Events keep their order, so they come from an EmbeddingCollection; context features are pooled to one vector a row, so
 they come from an EmbeddingBagCollection. Features "item" and "candidate" share one table: input and output embeddings
-are tied.
+are tied. What else is known of an event, such as its action or category, is added to its item's vector; candidates are
+items alone. Event columns have a collection of their own: a table that is scored in place shares its lookup with none.
 
 The forward below is the only code that TorchRec's pipeline traces symbolically. Everything in it that holds no table
 (the tower, the loss) is a leaf to the tracer and may do as it likes.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,6 +25,7 @@ from torchrec import (
     EmbeddingBagConfig,
     EmbeddingCollection,
     EmbeddingConfig,
+    JaggedTensor,
     KeyedJaggedTensor,
     PoolingType,
 )
@@ -51,14 +54,20 @@ class TablesConfig:
     context: dict[str, int] = field(default_factory=dict)
     """Context features: name of the bag a row carries, and how many ids it draws from."""
 
+    event_columns: dict[str, int] = field(default_factory=dict)
+    """Event columns: name of the key with an id an event, and how many ids it draws from; 0 is unknown."""
+
     def __post_init__(self) -> None:
         if not 0 < self.first_item < self.num_item_rows:
             raise ConfigError(
                 f"the item table must hold at least one item after its {self.first_item} reserved rows, got "
                 f"{self.num_item_rows} rows in all; take both numbers from the data set's meta.json"
             )
-        if empty := [name for name, values in self.context.items() if values < 1]:
-            raise ConfigError(f"context features must have at least 1 id, got {empty} with none; drop them")
+        for kind, counts in {"context features": self.context, "event columns": self.event_columns}.items():
+            if empty := [name for name, values in counts.items() if values < 1]:
+                raise ConfigError(f"{kind} must have at least 1 id, got {empty} with none; drop them")
+        if both := sorted(self.context.keys() & self.event_columns):
+            raise ConfigError(f"context features and event columns must have names of their own, got {both} twice")
 
     @property
     def num_items(self) -> int:
@@ -208,6 +217,7 @@ class NextItemModel(nn.Module):
             ],
             device=torch.device(table_device),
         )
+        self.event_columns = _event_tables(tables, encoder.width, torch.device(table_device))
         self.contexts = _context_tables(tables, encoder.width, torch.device(table_device))
         self.tower = QueryTower(encoder, list(tables.context), autocast_dtype)
         self.loss = loss or FullSoftmaxLoss()
@@ -215,8 +225,7 @@ class NextItemModel(nn.Module):
     def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """One training step: the () loss to differentiate; (2,) detached, this rank's sum in nats and its targets."""
         embedded = self.items(batch.features)
-        context = self.contexts(batch.features).values() if self.contexts is not None else None
-        queries = self.tower(embedded["item"].values(), context, batch)
+        queries = self._queries(embedded, batch)
         return self.loss(queries, embedded["candidate"].values(), batch)
 
     def last_queries(self, batch: Batch) -> Tensor:
@@ -224,17 +233,25 @@ class NextItemModel(nn.Module):
 
         Collective when the tables are sharded: every rank calls it with a batch of its own.
         """
-        embedded = self.items(batch.features)["item"].values()
-        context = self.contexts(batch.features).values() if self.contexts is not None else None
-        queries = self.tower(embedded, context, batch)
+        queries = self._queries(self.items(batch.features), batch)
         last = batch.layout.last_event
         if not len(queries):
             return queries.new_zeros(len(last), queries.shape[1])
         return torch.where((last >= 0)[:, None], queries[last.clamp_min(0)], 0)
 
+    def _queries(self, embedded: Mapping[str, JaggedTensor], batch: Batch) -> Tensor:
+        """(T, D) fp32, from what the items' collection has looked up."""
+        columns = self.event_columns(batch.features) if self.event_columns is not None else {}
+        context = self.contexts(batch.features).values() if self.contexts is not None else None
+        events = embedded["item"].values()
+        for name in self.tables.event_columns:
+            events = events + columns[name].values()
+        return self.tower(events, context, batch)
+
     def item_vectors(self, ids: Tensor) -> Tensor:
         """Table rows of (C,) int64 ids: (C, D). Collective when the table is sharded."""
-        keys = ["item", "timestamp", "candidate", *self.tables.context]  # all a sharded collection has ever seen
+        # all a sharded collection has ever seen
+        keys = ["item", "timestamp", "candidate", *self.tables.context, *self.tables.event_columns]
         lengths = torch.tensor([len(ids) if key == "candidate" else 0 for key in keys], device=ids.device)
         features = KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths)
         return self.items(features)["candidate"].values()
@@ -246,6 +263,24 @@ def _mean(sums: Tensor, features: KeyedJaggedTensor, keys: Sequence[str]) -> Ten
     of_keys = torch.stack([lengths[features.keys().index(key)] for key in keys], dim=1)
     means = sums.view(*of_keys.shape, -1) / of_keys.clamp_min(1)[..., None]
     return means.flatten(1)
+
+
+def _event_tables(tables: TablesConfig, width: int, device: torch.device) -> EmbeddingCollection | None:
+    if not tables.event_columns:
+        return None
+    return EmbeddingCollection(
+        tables=[
+            EmbeddingConfig(
+                name=name,
+                num_embeddings=values,
+                embedding_dim=width,
+                feature_names=[name],
+                init_fn=nn.init.zeros_,  # a value that training never saw adds nothing; those it saw learn at once
+            )
+            for name, values in tables.event_columns.items()
+        ],
+        device=device,
+    )
 
 
 def _context_tables(tables: TablesConfig, width: int, device: torch.device) -> EmbeddingBagCollection | None:

@@ -30,11 +30,17 @@ def build(config: RunConfig, meta: DatasetMeta, world: World) -> Trainable:
     The first weights depend on the seed alone, not on the world.
 
     Raises:
-        ConfigError: the config does not fit the device, the number of processes or the tables.
+        ConfigError: the config does not fit the device, the number of processes, the tables or the data set.
     """
     if config.training.precision == "bf16" and world.device.type != "cuda":
         raise ConfigError("training.precision bf16 is for CUDA, this run is on the CPU; take fp32")
-    tables = TablesConfig(num_item_rows=meta.num_table_rows, first_item=meta.first_item, context=meta.context)
+    meta = meta.with_event_columns(config.data.event_columns)
+    tables = TablesConfig(
+        num_item_rows=meta.num_table_rows,
+        first_item=meta.first_item,
+        context=meta.context,
+        event_columns=meta.event_columns,
+    )
     torch.manual_seed(seed_of("weights", config.training.seed))
     model = NextItemModel(
         tables,
@@ -59,4 +65,5 @@ def _workload(config: RunConfig, meta: DatasetMeta, world: World, in_place: bool
     targets = config.data.tokens_per_batch
     listed = num_candidates(config.objective, meta.num_items, targets, -(-targets // world.size))
     candidates = 0 if in_place else listed
-    return Workload(rows_per_rank=rows, ids_per_row={"item": mean_length, "candidate": candidates / rows})
+    of_events = dict.fromkeys(["item", *meta.event_columns], mean_length)
+    return Workload(rows_per_rank=rows, ids_per_row=of_events | {"candidate": candidates / rows})

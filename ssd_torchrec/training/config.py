@@ -20,6 +20,10 @@ class DataConfig:
     path: str = ""
     """Folder of a data set. Empty: the generated default, made once under the output folder."""
 
+    event_columns: tuple[str, ...] = ()
+    """Event columns of the data set, such as an action or a category, that the model is told with each event's item.
+    Its others are not read."""
+
     split: Literal["leave-one-out", "time"] = "leave-one-out"
     """leave-one-out: a user's last event is the test target, the one before the validation target; time: two cuts."""
 

@@ -1,7 +1,8 @@
-"""A checkpoint that follows its data set: rows for the items and context values that came since it was trained.
+"""A checkpoint that follows its data set: rows for the items and values that came since it was trained.
 
-A new item starts as what it has been so far: its row is a copy of the out-of-vocabulary row that its id was read as. A
-new context value starts at zero: users did without it. So the grown model encodes every history as the old one did, to
+A new item starts as what it has been so far: its row is a copy of the out-of-vocabulary row that its id was read as. So
+does a new value of an event column, as a copy of the row of unknown ones. A new context value starts at zero: users did
+without it. So the grown model encodes every history as the old one did, to
 the last bit, and scores the old items alike.
 """
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ssd_torchrec.data.parquet import open_dataset
+from ssd_torchrec.data.schema import UNKNOWN
 from ssd_torchrec.distributed.checkpoint import CheckpointInfo, TrainState, read_info
 from ssd_torchrec.distributed.grow import grow_tables
 from ssd_torchrec.errors import CheckpointError
@@ -33,12 +35,13 @@ def grow(checkpoint: Path, folder: Path, data: Path) -> CheckpointInfo:
     Raises:
         CheckpointError: the data set's items do not begin with the checkpoint's, or it has other context features; the
             checkpoint is damaged, or of a newer format; `folder` is there, or cannot be written, and no folder is left.
+        ConfigError: the data set lacks an event column that the checkpoint's model is told.
         DataError: there is no data set, or it is damaged.
     """
     info = read_info(checkpoint)
     if ITEM_WEIGHT not in info.tensors:
         raise CheckpointError(f"{checkpoint} must be of a next-item model, it has no {ITEM_WEIGHT}; give another one")
-    histories = open_dataset(data)
+    histories = open_dataset(data).with_event_columns(info.state.config["data"].get("event_columns", ()))
     vocabulary, meta = histories.vocabulary(), histories.meta
     known = info.tensors[ITEM_WEIGHT][1] - vocabulary.first_item
     if not 0 < known <= len(vocabulary) or vocabulary.hash_of_first(known) != info.state.vocabulary:
@@ -51,8 +54,10 @@ def grow(checkpoint: Path, folder: Path, data: Path) -> CheckpointInfo:
     def fill(table: str, old: Tensor, new: Tensor) -> None:
         if table == ITEM_TABLE:
             torch.index_select(old, 0, buckets, out=new)
+        elif table in meta.event_columns:
+            new.copy_(old[UNKNOWN].expand_as(new))
 
     config = {**info.state.config, "data": {**info.state.config["data"], "path": str(data)}}
     state = TrainState(step=0, vocabulary=vocabulary.content_hash, position=asdict(Position()), config=config)
-    rows = {ITEM_TABLE: meta.num_table_rows, **meta.context}
+    rows = {ITEM_TABLE: meta.num_table_rows, **meta.context, **meta.event_columns}
     return grow_tables(checkpoint, folder, rows, state, fill=fill)

@@ -31,7 +31,7 @@ class Histories:
     @classmethod
     def open(cls, config: RunConfig, world: World) -> "Histories":
         """Open the run's data set, generating the default one first if none is named. Collective."""
-        histories = open_dataset(data_folder(config, world))
+        histories = open_dataset(data_folder(config, world)).with_event_columns(config.data.event_columns)
         spans = spans_of(histories, config.data.rule())
         if not spans.counts().training_targets:
             raise ConfigError(

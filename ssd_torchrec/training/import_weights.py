@@ -35,7 +35,7 @@ def import_weights(file: Path, items: Path, config: RunConfig) -> Path:
 
     Returns:
         The run's folder. The mask row is the published row 0, out-of-vocabulary rows are the mean of all items, and
-        context features count for nothing.
+        context features and event columns count for nothing.
 
     Raises:
         ConfigError: the encoder has no published program, or the folder holds a run; before anything is written.

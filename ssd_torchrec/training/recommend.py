@@ -130,7 +130,7 @@ def recommend(path: Path, users: Path, output: Path, config: RecommendConfig, wo
     checkpoint = checkpoint_at(path)
     run = config_of(checkpoint, config.data, world)
     with _folder_beside(users, output, world) as partial:
-        known = open_dataset(data_folder(run, world))
+        known = open_dataset(data_folder(run, world)).with_event_columns(run.data.event_columns)
         vocabulary = known.vocabulary()
         asked, histories = _ask(users, known, partial / "histories", config, world)
         trainable = build(run, known.meta, world)

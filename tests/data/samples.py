@@ -1,5 +1,6 @@
 """Small data sets to try things on."""
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from ssd_torchrec.data.writer import DatasetWriter
 FEW = settings(derandomize=True, max_examples=30, deadline=None)
 NUM_ITEMS = 50
 NUM_SEGMENTS = 4
+NUM_ACTIONS = 8
 VOCABULARY = Vocabulary(np.arange(NUM_ITEMS), num_oov_buckets=2)
 FIRST_ITEM = VOCABULARY.first_item
 
@@ -46,10 +48,20 @@ def random_rows(lengths: list[int] | Ints, seed: int = 0) -> Rows:
     )
 
 
+def with_action(rows: Rows) -> Rows:
+    """The same with an event column that its item decides, so that each id tells whose it is."""
+    return replace(rows, event_columns={"action": action_of(rows.item)})
+
+
+def action_of(item: Ints) -> Ints:
+    """1..7 of items and out-of-vocabulary rows, 0 of the mask."""
+    return np.where(item == 0, 0, 1 + item % (NUM_ACTIONS - 1))
+
+
 def write(folder: Path, rows: Rows, *, events_per_row_group: int = 40, events_per_file: int = 100) -> DatasetMeta:
-    context = {"segment": NUM_SEGMENTS}
+    columns = {"context": {"segment": NUM_SEGMENTS}, "event_columns": dict.fromkeys(rows.event_columns, NUM_ACTIONS)}
     limits = {"events_per_row_group": events_per_row_group, "events_per_file": events_per_file}
-    with DatasetWriter(folder, name="sample", vocabulary=VOCABULARY, context=context, **limits) as writer:
+    with DatasetWriter(folder, name="sample", vocabulary=VOCABULARY, **columns, **limits) as writer:
         writer.append(rows)
         return writer.finish()
 

@@ -1,3 +1,6 @@
+import csv as csv_lines
+import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -152,3 +155,75 @@ def test_context_is_given_by_its_values_where_the_data_set_has_them(tmp_path):
     file = parquet(tmp_path, [{**HISTORY, "segment": ["c"]}, {**HISTORY, "segment": ["c", "z"]}])
     with pytest.raises(DataError, match="row 1: segment must be values that the data set knows, got 'z'"):
         read_asked_users(file, histories, tmp_path / "other")
+
+
+ACTIONS = pa.array([None, "buy", "view", "7"], pa.large_string())
+WITH_ACTIONS = {**HISTORY, "action": ["view", None, "7"]}
+
+
+def acting(folder: Path, values: bool = True):
+    """A data set with an event column, whose ids mean something or nothing."""
+    known = {"context": {"segment": NUM_SEGMENTS}, "event_columns": {"action": len(ACTIONS)}}
+    if values:
+        known["values"] = {"segment": pa.array(list("abcd"), pa.large_string()), "action": ACTIONS}
+    rows = replace(random_rows([3, 2]), event_columns={"action": np.array([0, 1, 2, 1, 3])})
+    with DatasetWriter(folder, name="sample", vocabulary=VOCABULARY, **known) as writer:
+        writer.append(rows)
+        writer.finish()
+    return open_dataset(folder)
+
+
+@pytest.mark.parametrize("suffix", [".parquet", ".jsonl", ".csv"])
+@pytest.mark.parametrize("users_per_block", [1, 4096])
+def test_event_columns_are_given_by_their_values_or_null(tmp_path, monkeypatch, users_per_block, suffix):
+    monkeypatch.setattr(asked_file, "ROWS_PER_BLOCK", users_per_block)
+    nothing = {"item": [], "timestamp": [], "segment": [], "action": []}
+    given = [WITH_ACTIONS, {**HISTORY, **nothing}, {**WITH_ACTIONS, "action": [None] * 3}]
+    given = [{**row, "segment": ["b"]} for row in given]
+    file = parquet(tmp_path, given)
+    if suffix == ".jsonl":
+        file = tmp_path / "users.jsonl"
+        file.write_text("".join(json.dumps(row) + "\n" for row in given))
+    if suffix == ".csv":
+        file = tmp_path / "users.csv"
+        table = [[*HISTORY, "action"], *([json.dumps(value) for value in row.values()] for row in given)]
+        with file.open("w", newline="") as lines:
+            csv_lines.writer(lines).writerows(table)
+    asked = read_asked_users(file, acting(tmp_path / "set"), tmp_path / "beside")
+    read = Rows.concatenate(list(open_dataset(asked.folder)))
+    assert lists(read.event_columns["action"], read.offsets) == [[2, 0, 3], [], [0, 0, 0]]
+
+
+def test_event_columns_are_given_by_ids_where_these_mean_nothing(tmp_path):
+    file = parquet(tmp_path, [{**HISTORY, "action": [3, None, 0]}])
+    asked = read_asked_users(file, acting(tmp_path / "set", values=False), tmp_path / "beside")
+    assert open_dataset(asked.folder).read(0).event_columns["action"].tolist() == [3, 0, 0]
+    file = parquet(tmp_path, [{**HISTORY, "action": [3, None, 4]}])
+    with pytest.raises(DataError, match=r"row 0: action must be ids 0\.\.3 as in the data set, got 4"):
+        read_asked_users(file, acting(tmp_path / "set", values=False), tmp_path / "other")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "match"),
+    [
+        (["view"], "row 1: item and action must be equally long, got 3 and 1; give each item its action, or null"),
+        (["view", "sell", None], "row 1: action must be values that the data set knows, got 'sell'; write null"),
+        (None, "row 1: action must not be null; write an empty list"),
+    ],
+    ids=["too-short", "unknown", "null"],
+)
+def test_event_columns_that_are_wrong_are_refused_by_row(tmp_path, wrong, match):
+    file = parquet(tmp_path, [{**row, "segment": ["a"]} for row in (WITH_ACTIONS, {**WITH_ACTIONS, "action": wrong})])
+    with pytest.raises(DataError, match=match):
+        read_asked_users(file, acting(tmp_path / "set"), tmp_path / "beside")
+
+
+def test_event_columns_that_are_not_read_are_not_to_be_brought(tmp_path):
+    histories = acting(tmp_path / "set")
+    without = parquet(tmp_path, [{**HISTORY, "segment": ["a"]}])
+    with pytest.raises(DataError, match="or user_id, action, item, segment, timestamp"):
+        read_asked_users(without, histories, tmp_path / "beside")
+    asked = read_asked_users(without, histories.with_event_columns(()), tmp_path / "beside")
+    assert open_dataset(asked.folder).meta.event_columns == {}
+    with pytest.raises(DataError, match="rename, add or drop"):
+        read_asked_users(parquet(tmp_path, [WITH_ACTIONS]), histories.with_event_columns(()), tmp_path / "other")

@@ -14,7 +14,7 @@ from ssd_torchrec.encoders.tim4rec import TiM4Rec, TiM4RecConfig
 from ssd_torchrec.jagged import JaggedLayout
 from ssd_torchrec.models.next_item import FullSoftmaxLoss, NextItemModel, TablesConfig
 
-ITEMS, FIRST_ITEM, SEGMENTS, WIDTH = 45, 3, 5, 16
+ITEMS, FIRST_ITEM, SEGMENTS, ACTIONS, WIDTH = 45, 3, 5, 5, 16
 SEED = 11
 Row = tuple[list[int], list[int], list[int]]  # item rows, timestamps in s, segments
 
@@ -26,10 +26,20 @@ def trainable(world: World, sharding: ShardingConfig, dense: DenseOptimizerConfi
     return shard(model(world, **shape), sharding, dense, world, seed=SEED)
 
 
-def model(world: World, *, items: int = ITEMS, context: bool = True, loss: nn.Module | None = None) -> NextItemModel:
+def model(
+    world: World,
+    *,
+    items: int = ITEMS,
+    context: bool = True,
+    event_columns: bool = False,
+    loss: nn.Module | None = None,
+) -> NextItemModel:
     torch.manual_seed(SEED)
     tables = TablesConfig(
-        num_item_rows=FIRST_ITEM + items, first_item=FIRST_ITEM, context={"segment": SEGMENTS} if context else {}
+        num_item_rows=FIRST_ITEM + items,
+        first_item=FIRST_ITEM,
+        context={"segment": SEGMENTS} if context else {},
+        event_columns={"action": ACTIONS} if event_columns else {},
     )
     return NextItemModel(tables, TiM4Rec(ENCODER), loss or FullSoftmaxLoss(world.size), table_device="meta")
 
@@ -46,10 +56,13 @@ def rows_of(step: int) -> list[Row]:
     return rows
 
 
-def batch(step: int, world: World, *, equal_rows: bool = False, candidates: bool = True) -> Batch:
+def batch(
+    step: int, world: World, *, equal_rows: bool = False, candidates: bool = True, event_columns: bool = False
+) -> Batch:
     """This rank's share of global batch `step`: every event is to predict the item 7 further on.
 
     Ranks bring unequally many rows unless `equal_rows` fills them up with empty ones. `candidates`: list the catalogue.
+    `event_columns`: bring an action, which the item decides.
     """
     rows = rows_of(step)
     if equal_rows:
@@ -62,6 +75,8 @@ def batch(step: int, world: World, *, equal_rows: bool = False, candidates: bool
         "candidate": [torch.arange(FIRST_ITEM, FIRST_ITEM + ITEMS * candidates), *[items[0][:0]] * (len(mine) - 1)],
         "segment": [torch.tensor(r[2], dtype=torch.int64) for r in mine],
     }
+    if event_columns:
+        values["action"] = [of_row % ACTIONS for of_row in items]
     features = KeyedJaggedTensor.from_lengths_sync(
         keys=list(values),
         values=torch.cat([v for rows in values.values() for v in rows]),

@@ -100,6 +100,25 @@ def test_the_command_plans_bags_over_machines(capsys):
     assert "grid_shard is for pooled tables, got item" in capsys.readouterr().err
 
 
+def test_the_command_plans_event_columns_with_an_id_an_event(capsys):
+    words = ["plan", "--items", "1000000", "--ranks", "4", "--memory-gib", "16", "--json"]
+    words += ["--mean-length", "20", "--batch", "4096"]
+    found = []
+    for columns in ([], ["--event-columns", "category", "50000"]):
+        assert main([*words, *columns]) == 0
+        found.append(json.loads(capsys.readouterr().out))
+    without, told = found
+    (category,) = (table for table in told["tables"] if table["name"] == "category")
+    assert (category["num_rows"], category["sharding"], category["pooled"]) == (50_000, "row_wise", False)
+    weights, lookups = (sum(rank[f"{of}_bytes"] for rank in told["per_rank"]) for of in ("weights", "lookups"))
+    assert weights - sum(rank["weights_bytes"] for rank in without["per_rank"]) == 50_000 * 64 * 4
+    events = 4 * round(4096 / 20 / 4) * 20
+    more = lookups - sum(rank["lookups_bytes"] for rank in without["per_rank"])
+    assert more == pytest.approx(events * (8 + 4 * 64), rel=1e-3)
+    assert main([*words, "--event-columns", "candidate", "5"]) == 2
+    assert "event_columns must be named other than the items, got candidate" in capsys.readouterr().err
+
+
 def test_machines_are_asked_for_whole():
     city = {"city": 80_000_000}  # x 64 x 12 bytes: 57.2 GiB on the ranks of one machine
     request = replace(SMALL, context=city, ranks=8, ranks_per_machine=4, memory_gib=20)
@@ -123,9 +142,13 @@ def assert_as_torchrec_says(request: CapacityRequest, monkeypatch: pytest.Monkey
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("context", [{}, {"segment": 3, "city": 5_000}], ids=["items-alone", "with-context"])
-def test_bytes_and_ms_of_tables_are_those_of_torchrec(kind, context, monkeypatch):
-    request = replace(SMALL, context=context, objective=SAMPLED)
+@pytest.mark.parametrize(
+    "further",
+    [{}, {"context": {"segment": 3, "city": 5_000}}, {"event_columns": {"action": 30, "category": 20_000}}],
+    ids=["items-alone", "with-context", "with-event-columns"],
+)
+def test_bytes_and_ms_of_tables_are_those_of_torchrec(kind, further, monkeypatch):
+    request = replace(SMALL, objective=SAMPLED, **further)
     assert_as_torchrec_says(under(request, **KINDS[kind]), monkeypatch)
 
 

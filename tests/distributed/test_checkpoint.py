@@ -45,23 +45,23 @@ WHOLE = {
 
 
 def save_and_go_on(
-    world: World, folder: Path, sharding: ShardingConfig, dense: DenseOptimizerConfig = DENSE
+    world: World, folder: Path, sharding: ShardingConfig, dense: DenseOptimizerConfig = DENSE, **told: bool
 ) -> list[float]:
-    t = trainable(world, sharding, dense)
-    train(t, world, BEFORE)
+    t = trainable(world, sharding, dense, **told)
+    train(t, world, BEFORE, **told)
     save_checkpoint(folder, t, STATE)
-    return train(t, world, AFTER)
+    return train(t, world, AFTER, **told)
 
 
 def load_and_go_on(
-    world: World, folder: Path, sharding: ShardingConfig, dense: DenseOptimizerConfig = DENSE
+    world: World, folder: Path, sharding: ShardingConfig, dense: DenseOptimizerConfig = DENSE, **told: bool
 ) -> list[float]:
-    t = trainable(world, sharding, dense)
-    train(t, world, range(50, 52))  # what was there before the load must not matter
+    t = trainable(world, sharding, dense, **told)
+    train(t, world, range(50, 52), **told)  # what was there before the load must not matter
     path = latest_checkpoint(folder)
     assert path is not None
     assert load_checkpoint(path, t, vocabulary="words").state == STATE
-    return train(t, world, AFTER)
+    return train(t, world, AFTER, **told)
 
 
 def refusals(world: World, folder: Path) -> str:
@@ -107,9 +107,12 @@ def all_checks(world: World, folder: Path) -> dict[str, Any]:
             ("row_wise-adagrad", "column_wise-adagrad"),
         ]
     }
+    told = SPLITS["row_wise"], DENSE
     return {
         "uninterrupted": uninterrupted,
         "resumed": resumed,
+        "told": save_and_go_on(world, folder / "told", *told, event_columns=True),
+        "told, resumed": load_and_go_on(world, folder / "told", *told, event_columns=True),
         "damaged": refusals(world, folder / "damaged"),
         "full disk": full_disk_on_second(world, folder / "full"),
     }
@@ -144,6 +147,15 @@ def test_whole_tables_resume_what_two_ranks_saved(split, two_ranks, alone):
     folder, results = two_ranks
     resumed = load_and_go_on(alone, folder / split, WHOLE[SPLITS[split].optimizer])
     assert resumed == pytest.approx(results[0]["uninterrupted"][split], abs=CLOSE)
+
+
+def test_event_columns_are_saved_and_resumed_with_their_state(two_ranks, alone):
+    folder, results = two_ranks
+    for result in results:
+        assert result["told, resumed"] == result["told"] != result["uninterrupted"]["row_wise"]
+    whole = WHOLE[SPLITS["row_wise"].optimizer]
+    resumed = load_and_go_on(alone, folder / "told", whole, event_columns=True)
+    assert resumed == pytest.approx(results[0]["told"], abs=CLOSE)
 
 
 def test_damage_that_one_rank_sees_is_refused_by_all(two_ranks):

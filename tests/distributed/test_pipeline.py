@@ -75,6 +75,17 @@ def evaluate(t: Trainable, world: World) -> bool:
     return torch.equal(vectors, whole_weights(t)["items.embeddings.item.weight"][ids])
 
 
+def with_event_columns(world: World) -> tuple[bool, dict[str, str]]:
+    """Whether a pipelined model with event columns trains as a plain one does, and what was pipelined."""
+    plain, t = (trainable(world, SPLIT, event_columns=True) for _ in range(2))
+    losses = train(plain, world, STEPS, event_columns=True)
+    with pipelined(t, world.device) as pipeline:
+        feed = (batch(step, world, event_columns=True) for step in STEPS)
+        same_losses = drain(pipeline, feed) == losses
+        collections = pipelined_collections(pipeline)
+    return same_losses and same(whole_weights(t), whole_weights(plain)), collections
+
+
 def nan_on_the_last_rank(world: World) -> tuple[str, bool]:
     t = trainable(world, SPLIT)
     before = whole_weights(t)
@@ -97,6 +108,7 @@ def all_checks(world: World) -> dict[str, Any]:
         "epochs": losses == epochs[0] and same(weights, epochs[1]),
         "between": losses == between[0] and same(weights, between[1]),
         "looked up": between[2],
+        "told": with_event_columns(world),
         "diverged": nan_on_the_last_rank(world),
     }
 
@@ -110,6 +122,16 @@ def test_both_collections_are_pipelined(by_rank):
     for result in by_rank:
         assert result["collections"] == {
             "items": "ShardedEmbeddingCollection",
+            "contexts": "ShardedEmbeddingBagCollection",
+        }
+
+
+def test_event_columns_are_pipelined_beside_them_and_train_as_in_plain_steps(by_rank):
+    for trained_alike, collections in (result["told"] for result in by_rank):
+        assert trained_alike
+        assert collections == {
+            "items": "ShardedEmbeddingCollection",
+            "event_columns": "ShardedEmbeddingCollection",
             "contexts": "ShardedEmbeddingBagCollection",
         }
 

@@ -40,19 +40,38 @@ SPLITS = {
         sharding="table_wise", optimizer="rowwise_adagrad", learning_rate=RATE
     ),
 }
+WITH_COLUMNS = {
+    "row_wise": SPLITS["row_wise"],
+    "items-alone-row_wise": ShardingConfig(
+        sharding="row_wise", by_table={"action": "table_wise"}, optimizer="sgd", learning_rate=0.05
+    ),
+    "columns-alone-row_wise": ShardingConfig(
+        sharding="table_wise", by_table={"action": "row_wise"}, optimizer="sgd", learning_rate=0.05
+    ),
+    "table_wise": SPLITS["table_wise"],
+    "column_wise": SPLITS["column_wise"],
+    "row_wise-adagrad": SPLITS["row_wise-adagrad"],
+    "row_wise-rowwise_adagrad": SPLITS["row_wise-rowwise_adagrad"],
+}
+"""Of models with event columns."""
+ACTION = "event_columns.embeddings.action.weight"
+
 OF_THREE = [name for name in SPLITS if not name.startswith("column_wise")]
 """Splits of three ranks: the example's 16 channels are not cut into 3 parts of a multiple of 4."""
 
 
-def run(world: World, sharding: ShardingConfig, *, equal_rows: bool = False) -> dict[str, Any]:
-    t = trainable(world, sharding, SGD)
+def run(
+    world: World, sharding: ShardingConfig, *, equal_rows: bool = False, event_columns: bool = False
+) -> dict[str, Any]:
+    t = trainable(world, sharding, SGD, event_columns=event_columns)
     start = whole_weights(t)
-    losses = train(t, world, STEPS, equal_rows=equal_rows)
+    losses = train(t, world, STEPS, equal_rows=equal_rows, event_columns=event_columns)
     return {"start": start, "losses": losses, "end": whole_weights(t), "plan": t.plan, "sharding": t.sharding}
 
 
 def run_all(world: World) -> dict[str, dict[str, Any]]:
-    return run_splits(world, list(SPLITS)) | {"auto": run(world, ShardingConfig(learning_rate=RATE))}
+    told = {f"told-{name}": run(world, split, event_columns=True) for name, split in WITH_COLUMNS.items()}
+    return run_splits(world, list(SPLITS)) | told | {"auto": run(world, ShardingConfig(learning_rate=RATE))}
 
 
 def run_splits(world: World, names: list[str]) -> dict[str, dict[str, Any]]:
@@ -68,18 +87,19 @@ def two_ranks() -> list[dict[str, dict[str, Any]]]:
 def whole() -> dict[str, dict[str, Any]]:
     """The same trainings in one process with whole tables."""
     runs = {}
-    for config in SPLITS.values():
-        if update_of(config) not in runs:
+    every = [(split, False) for split in SPLITS.values()] + [(split, True) for split in WITH_COLUMNS.values()]
+    for config, told in every:
+        if update_of(config, told) not in runs:
             of_one = ShardingConfig(
                 sharding="none", optimizer=config.optimizer, learning_rate=config.learning_rate, eps=config.eps
             )
-            runs[update_of(config)] = run(World(), of_one)
+            runs[update_of(config, told)] = run(World(), of_one, event_columns=told)
     return runs
 
 
-def update_of(config: ShardingConfig) -> str:
-    """What the splits of one name have in common: what they do to a table."""
-    return f"{config.optimizer} at {config.learning_rate}"
+def update_of(config: ShardingConfig, event_columns: bool = False) -> str:
+    """What the splits of one name have in common: what they do to a table, and whether events have columns."""
+    return f"{config.optimizer} at {config.learning_rate}" + ", told" * event_columns
 
 
 def furthest(left: dict[str, Tensor], right: dict[str, Tensor]) -> float:
@@ -97,6 +117,17 @@ def assert_same_run(got: dict[str, Any], expected: dict[str, Any]) -> None:
 def test_two_ranks_train_as_one_process_does(split, two_ranks, whole):
     for ranks_view in two_ranks:
         assert_same_run(ranks_view[split], whole[update_of(SPLITS[split])])
+
+
+@pytest.mark.parametrize("split", WITH_COLUMNS)
+def test_two_ranks_train_event_columns_as_one_process_does(split, two_ranks, whole):
+    for ranks_view in two_ranks:
+        got = ranks_view[f"told-{split}"]
+        assert_same_run(got, whole[update_of(WITH_COLUMNS[split], True)])
+        assert not got["start"][ACTION].any()
+        assert got["end"][ACTION].abs().max() > 1000 * CLOSE
+        named = {name: place.split()[0] for name, place in got["plan"].items()}
+        assert named["action"] == WITH_COLUMNS[split].by_table.get("action", WITH_COLUMNS[split].sharding)
 
 
 @pytest.mark.slow

@@ -25,9 +25,9 @@ SHARDINGS = {
 }
 
 
-def bound(world: World, sharding: ShardingConfig) -> Trainable:
+def bound(world: World, sharding: ShardingConfig, **shape: bool) -> Trainable:
     loss = VocabParallelSoftmaxLoss(world.size)
-    t = trainable(world, sharding, SGD, loss=loss)
+    t = trainable(world, sharding, SGD, loss=loss, **shape)
     loss.bind(t, TABLE, FIRST_ITEM)
     return t
 
@@ -35,7 +35,7 @@ def bound(world: World, sharding: ShardingConfig) -> Trainable:
 def ending(t: Trainable) -> dict[str, Any]:
     state = {}
     for name, value in table_state(t).items():
-        if name.startswith(f"tables.{TABLE}"):
+        if name.startswith((f"tables.{TABLE}", "tables.event_columns.")):
             whole = torch.zeros(global_shape(value))
             for piece, (first, *_) in local_pieces(value):
                 whole[first : first + len(piece)] = piece
@@ -50,11 +50,15 @@ def both(world: World) -> dict[str, Any]:
         looked_up, in_place = trainable(world, sharding, SGD), bound(world, sharding)
         losses = train(looked_up, world, STEPS), train(in_place, world, STEPS, candidates=False)
         runs[name] = (*losses, ending(looked_up), ending(in_place))
+    told, sharding = {"event_columns": True}, SHARDINGS["rowwise_adagrad"]
+    looked_up, in_place = trainable(world, sharding, SGD, **told), bound(world, sharding, **told)
+    losses = train(looked_up, world, STEPS, **told), train(in_place, world, STEPS, candidates=False, **told)
+    runs["event columns"] = (*losses, ending(looked_up), ending(in_place))
     return runs
 
 
 def assert_equal_runs(runs: dict[str, Any]) -> None:
-    assert runs.keys() == SHARDINGS.keys()
+    assert runs.keys() == {*SHARDINGS, "event columns"}
     for looked_up, in_place, expected, got in runs.values():
         assert in_place == pytest.approx(looked_up, abs=CLOSE)
         assert expected.keys() == got.keys()

@@ -15,9 +15,14 @@ FIRST, ROWS, SEGMENTS = 3, 23, 4
 ENCODER = TiM4RecConfig(width=16, head_width=8, state=8, dropout=0.0, time_dropout=0.0)
 
 
-def model(world_size: int = 1, context: bool = True) -> NextItemModel:
+def model(world_size: int = 1, context: bool = True, event_columns: dict[str, int] | None = None) -> NextItemModel:
     torch.manual_seed(0)
-    tables = TablesConfig(num_item_rows=ROWS, first_item=FIRST, context={"segment": SEGMENTS} if context else {})
+    tables = TablesConfig(
+        num_item_rows=ROWS,
+        first_item=FIRST,
+        context={"segment": SEGMENTS} if context else {},
+        event_columns=event_columns or {},
+    )
     return NextItemModel(tables, TiM4Rec(ENCODER), FullSoftmaxLoss(world_size))
 
 
@@ -171,3 +176,94 @@ def test_a_table_without_items_or_reserved_rows_is_refused(first_item):
 def test_an_empty_context_feature_is_refused():
     with pytest.raises(ConfigError, match="drop them"):
         TablesConfig(num_item_rows=5, first_item=1, context={"segment": 0})
+
+
+COLUMNS = {"action": 5, "channel": 3}
+
+
+def told(net: NextItemModel) -> NextItemModel:
+    """The model with event columns that say something already."""
+    torch.manual_seed(1)
+    assert net.event_columns is not None
+    for weight in net.event_columns.parameters():
+        torch.nn.init.normal_(weight)
+    return net.eval()
+
+
+def acting(rows: list[list[int]], segments: list[list[int]], **columns: list[int]) -> Batch:
+    """The same batch with an id of each column for each event of the histories; by default those that items decide."""
+    plain = batch(rows, segments)
+    item = plain.features["item"]
+    values = [torch.tensor(columns[name]) if name in columns else item.values() % n for name, n in COLUMNS.items()]
+    features = KeyedJaggedTensor(
+        keys=[*plain.features.keys(), *COLUMNS],
+        values=torch.cat([plain.features.values(), *values]),
+        lengths=torch.cat([plain.features.lengths(), *[item.lengths()] * len(values)]),
+    )
+    return replace(plain, features=features)
+
+
+def test_event_columns_are_added_to_the_vectors_of_their_events():
+    net = told(model(event_columns=COLUMNS))
+    users = acting(USERS, BAGS)
+    table, (action, channel) = next(net.items.parameters()), net.event_columns.parameters()
+    item = users.features["item"].values()
+    events = table[item] + action[item % 5] + channel[item % 3]
+    with torch.no_grad():
+        wanted = net.tower(events, net.contexts(users.features).values(), users)
+        loss, _ = net(users)
+        last = net.last_queries(users)
+    torch.testing.assert_close(loss, F.cross_entropy(wanted @ table[FIRST:].T, users.target))
+    torch.testing.assert_close(last, wanted[[2, 4, 8]])
+
+
+def test_at_first_event_columns_say_nothing_and_all_they_show_learns():
+    net, plain = model(event_columns=COLUMNS), model()
+    plain.load_state_dict(net.state_dict(), strict=False)
+    users = acting(USERS, BAGS)
+    loss, _ = net(users)
+    assert torch.equal(loss, plain(users)[0])
+    loss.backward()
+    for name, weight in net.event_columns.named_parameters():
+        seen = users.features[name.split(".")[1]].values().unique()
+        assert weight.grad[seen].any(dim=1).all(), name
+        assert weight.grad.any(dim=1).sum() == len(seen), name
+
+
+def test_columns_of_the_next_event_do_not_reach_the_query_that_asks_for_it():
+    net = told(model(event_columns=COLUMNS))
+
+    def queries(action: list[int]) -> torch.Tensor:
+        users = acting([[3, 5, 9, 22, 4]], [[0]], action=action)
+        with torch.no_grad():
+            return net._queries(net.items(users.features), users)
+
+    one, other = queries([1, 2, 3, 4]), queries([1, 2, 4, 4])
+    assert torch.equal(one[:2], other[:2])
+    assert (one[2:] != other[2:]).any(dim=1).all()
+
+
+def test_candidates_are_items_alone():
+    net = told(model(event_columns=COLUMNS))
+    table = next(net.items.parameters())
+    assert torch.equal(net.item_vectors(torch.tensor([22, 3])), table[[22, 3]])
+    assert torch.equal(net.items(acting(USERS, BAGS).features)["candidate"].values(), table[FIRST:])
+
+
+def test_no_history_has_no_event_columns_either():
+    net = told(model(event_columns=COLUMNS))
+    assert net.last_queries(acting([[3]], [[0]])).tolist() == [[0.0] * 16]
+    loss, _ = net(replace(acting([[3]], [[0]]), global_targets=9))
+    loss.backward()
+    assert all(p.grad is not None and not p.grad.any() for p in net.parameters())
+
+
+def test_a_model_without_event_columns_has_no_collection_of_them():
+    assert model().event_columns is None
+
+
+def test_event_columns_without_ids_or_a_name_of_their_own_are_refused():
+    with pytest.raises(ConfigError, match=r"event columns must have at least 1 id, got \['action'\]"):
+        TablesConfig(num_item_rows=5, first_item=1, event_columns={"action": 0})
+    with pytest.raises(ConfigError, match=r"names of their own, got \['city'\] twice"):
+        TablesConfig(num_item_rows=5, first_item=1, event_columns={"city": 2}, context={"city": 2})

@@ -7,17 +7,17 @@ import torch
 
 from ssd_torchrec.__main__ import main
 from ssd_torchrec.data.parquet import open_dataset
-from ssd_torchrec.distributed.checkpoint import load_weights
+from ssd_torchrec.distributed.checkpoint import load_weights, read_info
 from ssd_torchrec.distributed.process import World
 from ssd_torchrec.encoders.published import PUBLISHED_NAMES, published_state
 from ssd_torchrec.encoders.registry import SYSTEMS
 from ssd_torchrec.encoders.ssd4rec import SSD4RecConfig
 from ssd_torchrec.errors import CheckpointError, ConfigError, DataError
 from ssd_torchrec.training.build import build
-from ssd_torchrec.training.config import DataConfig, RunConfig
+from ssd_torchrec.training.config import DataConfig, EvaluationConfig, RunConfig
 from ssd_torchrec.training.import_weights import import_weights
-from ssd_torchrec.training.run import config_of
-from tests.data.samples import NUM_ITEMS, dataset, random_rows
+from ssd_torchrec.training.run import config_of, evaluate_checkpoint
+from tests.data.samples import NUM_ITEMS, dataset, random_rows, with_action
 
 CONFIG = SYSTEMS["mamba4rec"].small
 ORDER = np.random.default_rng(0).permutation(NUM_ITEMS)  # raw id of each row of the published table but the first
@@ -67,6 +67,16 @@ def test_the_command_makes_a_run_that_can_be_evaluated(published, capsys):
     assert "NDCG@10" in capsys.readouterr().out
     assert main(["import-weights", *words]) == 2
     assert "holds a run already" in capsys.readouterr().err
+
+
+def test_event_columns_count_for_nothing_until_they_are_trained(published, tmp_path):
+    file, items, run = published
+    dataset(tmp_path / "data", with_action(random_rows([9, 12, 7, 20, 5])))
+    plain = import_weights(file, items, run)
+    told = import_weights(file, items, replace(run, name="told", data=replace(run.data, event_columns=("action",))))
+    one, other = (evaluate_checkpoint(folder, "", EvaluationConfig(), World()) for folder in (plain, told))
+    assert one["test"] == other["test"]
+    assert [name for name in read_info(told / "checkpoints" / "best").tensors if "action" in name]
 
 
 def refused(published, error, words, **changes):

@@ -23,4 +23,5 @@ def print_outcome(meta: DatasetMeta, output: Path) -> None:
     lengths = f"{meta.lengths['min']:.0f} to {meta.lengths['max']:.0f} events a user, median {meta.lengths['p50']:.0f}"
     print(f"\n{output}: {meta.name}, {size / 2**20:.1f} MiB, {lengths}")
     print(f"look at it:  ssd-torchrec inspect {output}")
-    print(f"train on it: ssd-torchrec train tim4rec-ml-1m-64d --data.path {output}")
+    told = f" --data.event-columns {' '.join(meta.event_columns)}" if meta.event_columns else ""
+    print(f"train on it: ssd-torchrec train tim4rec-ml-1m-64d --data.path {output}{told}")

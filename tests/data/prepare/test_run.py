@@ -15,6 +15,7 @@ import pytest
 from ssd_torchrec.data.parquet import open_dataset
 from ssd_torchrec.data.prepare.core import Counts
 from ssd_torchrec.data.prepare.log import LogConfig
+from ssd_torchrec.data.prepare.report import print_outcome
 from ssd_torchrec.data.prepare.run import PrepareConfig, prepare
 from ssd_torchrec.errors import ConfigError, DataError
 from tests.data.prepare.events import events_table, random_events
@@ -82,6 +83,16 @@ def test_further_columns_and_names_reach_the_data_set(tmp_path):
     raw = histories.raw_user_ids(0).to_pylist()
     assert raw == sorted(raw)
     assert rows.user_id.tolist() == list(range(len(raw)))
+
+
+@pytest.mark.parametrize("columns", [(), ("shop", "home")], ids=["none", "two"])
+def test_what_to_do_next_names_the_event_columns(columns, tmp_path, capsys):
+    users, items, times = ([n % 2 for n in range(6)], [1] * 6, [10**9 + n for n in range(6)])
+    pq.write_table(events_table(users, items, times, shop=["a"] * 6, home=["b"] * 6), tmp_path / "log.parquet")
+    config = replace(CONFIG, log=replace(LOG, event_columns=columns), k_core=0)
+    print_outcome(prepare(tmp_path / "log.parquet", tmp_path / "set", config), tmp_path / "set")
+    told = " --data.event-columns shop home" if columns else ""
+    assert capsys.readouterr().out.endswith(f"--data.path {tmp_path / 'set'}{told}\n")
 
 
 UNITS = {"s": 1, "ms": 1000, "us": 1_000_000}
