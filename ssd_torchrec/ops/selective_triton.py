@@ -324,7 +324,7 @@ def _link_kernel(
         tl.store(last_ptr + row * (E * N) + at, state, mask=in_state)
 
 
-@triton.jit(do_not_specialize=["first_block", "blocks"])
+@triton.jit(do_not_specialize=["first_block"])
 def _gradient_kernel(
     dy_ptr,
     x_ptr,
@@ -348,7 +348,6 @@ def _gradient_kernel(
     C_share_ptr,
     channel_share_ptr,
     first_block,
-    blocks,
     rows,
     dy_stride,
     x_stride,
@@ -360,6 +359,7 @@ def _gradient_kernel(
     N: tl.constexpr,
     CHUNK: tl.constexpr,
     PIECE: tl.constexpr,
+    BLOCKS: tl.constexpr,
     REVERSE: tl.constexpr,
     RN: tl.constexpr,
     RE: tl.constexpr,
@@ -368,11 +368,12 @@ def _gradient_kernel(
 ):
     """All gradients of one row, or piece, and the channels of one block, given what comes into it from either side.
 
-    Of all blocks, this launch has `blocks` from `first_block` on; states and shares of B and C are scratch of theirs.
+    Of all blocks, this launch has `BLOCKS` from `first_block` on, all of them if that is None; states and shares of B
+    and C are scratch of theirs.
     """
-    block = tl.program_id(0) % blocks
-    unit = (tl.program_id(0) // blocks).to(tl.int64)
-    tile = _tile(first_block + block, RN, RE, LN, LE)
+    block = tl.program_id(0) % BLOCKS
+    unit = (tl.program_id(0) // BLOCKS).to(tl.int64)
+    tile = _tile(block if first_block is None else first_block + block, RN, RE, LN, LE)
     n, e = tile[0], tile[1]
     in_n, in_e = n < N, e < E
     keys = tl.broadcast_to(n, [RN, 1, LN, LE])  # of B and C: these too in every lane that works on them
@@ -381,9 +382,13 @@ def _gradient_kernel(
     span = _span(offsets_ptr, rows, unit, PIECE)
     row, begin, length = span[0], span[1], span[2]
     chunks = tl.cdiv(length, CHUNK)
-    width = blocks * (RE * LE)
-    in_kept = n * width + e - first_block * (RE * LE)
-    states_ptr += (begin // CHUNK + row) * (width * N)
+    if first_block is None:
+        KEPT: tl.constexpr = E * N
+        in_kept = in_row
+    else:
+        KEPT: tl.constexpr = BLOCKS * RE * LE * N
+        in_kept = (block * N + n) * (RE * LE) + e - (first_block + block) * (RE * LE)
+    states_ptr += (begin // CHUNK + row) * KEPT
     A = _load(A_ptr, in_row, in_state) * LOG2_E
     bias, skip = _load_given(dt_bias_ptr, e, in_e), _load_given(D_ptr, e, in_e)
     once = in_e & (tl.arange(0, LN) == 0)[None, None, :, None]  # of the lanes that hold a channel, the one that stores
@@ -393,7 +398,7 @@ def _gradient_kernel(
         state = _load(first_ptr + unit * (E * N), in_row, in_state)
     for step in range(0, chunks):
         chunk = chunks - 1 - step if REVERSE else step
-        tl.store(states_ptr + (begin * 0 + chunk) * (width * N) + in_kept, state, mask=in_state)  # in int64
+        tl.store(states_ptr + (begin * 0 + chunk) * KEPT + in_kept, state, mask=in_state)  # in int64
         onwards = tl.where(step + 1 < chunks, CHUNK, 0)  # what the last chunk hands on is not needed
         for j in range(0, onwards):
             i = chunk * CHUNK + (CHUNK - 1 - j if REVERSE else j)
@@ -413,7 +418,7 @@ def _gradient_kernel(
     dskip = tl.zeros([1, RE, LN, LE], tl.float32)
     for step in range(0, chunks):
         chunk = step if REVERSE else chunks - 1 - step
-        state = _load(states_ptr + (begin * 0 + chunk) * (width * N), in_kept, in_state)
+        state = _load(states_ptr + (begin * 0 + chunk) * KEPT, in_kept, in_state)
         states = (state,)  # before the chunk, then after each of its events
         for j in tl.static_range(CHUNK):
             i = chunk * CHUNK + (CHUNK - 1 - j if REVERSE else j)
@@ -442,7 +447,7 @@ def _gradient_kernel(
             raw = _load(dt_ptr + t * dt_stride, e, in_e & here) + bias
             delta = tl.where(here, _softplus(raw), 0.0)
             dstate += dv * C
-            share_at = (t * blocks + block) * N + n
+            share_at = (t * BLOCKS + block) * N + n
             tl.store(C_share_ptr + share_at, _over_channels(dv * states[CHUNK - j]), mask=in_n & here)
             tl.store(B_share_ptr + share_at, _over_channels((delta * x) * dstate), mask=in_n & here)
             du = _over_states(dstate * B)
@@ -486,8 +491,10 @@ def _blocks(channels: int, tile: dict[str, int]) -> int:
 
 
 def _portions(blocks: int, bytes_each: int) -> Iterator[range]:
-    """Blocks that keep to `GRADIENT_BYTES` together."""
+    """Blocks that keep to `GRADIENT_BYTES` together: all, or a power of two, since each number is compiled for."""
     at_once = max(1, GRADIENT_BYTES // bytes_each)
+    if at_once < blocks:
+        at_once = 1 << (at_once.bit_length() - 1)
     for start in range(0, blocks, at_once):
         yield range(start, min(start + at_once, blocks))
 
@@ -685,12 +692,11 @@ def _launch_backward(
                     shares[0],
                     shares[1],
                     channel_shares,
-                    blocks_here.start,
-                    len(blocks_here),
+                    None if len(blocks_here) == blocks else blocks_here.start,
                     given.rows,
                     dy.stride(0),
                     *given.strides,
-                    **given.options(CHUNK=CHUNK, PIECE=piece, REVERSE=reverse, **tile),
+                    **given.options(CHUNK=CHUNK, PIECE=piece, BLOCKS=len(blocks_here), REVERSE=reverse, **tile),
                 )
                 dB, dC = dB.add_(shares[0].sum(1)), dC.add_(shares[1].sum(1))
     else:
