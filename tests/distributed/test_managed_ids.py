@@ -183,6 +183,7 @@ def refused(world: World, path: str) -> str:
     return "taken"
 
 
+@pytest.mark.slow
 def test_more_processes_than_saved_it_refuse_a_map(alone, tmp_path):
     path = save_checkpoint(tmp_path, trainable(alone, WHOLE), RUN)
     for said in spawn(refused, 2, str(path)):

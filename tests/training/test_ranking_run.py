@@ -202,6 +202,7 @@ def replace_logits(rows: RankingRows, logits: torch.Tensor):
     return replace(rows, dense=dense).batch()
 
 
+@pytest.mark.slow
 def test_negatives_left_out_of_training_are_put_back_into_the_probabilities(data, tmp_path):
     """Trained on a fifth of the negatives, predictions on all rows are right on average; uncorrected they are not."""
     config = ClicksConfig(num_rows=8000, longest=4)
