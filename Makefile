@@ -39,11 +39,10 @@ train: $(READY)
 # A thread per process and a process per core: tests start worlds of two, and small tensors gain nothing from more threads.
 test test-slow: export OMP_NUM_THREADS ?= 1
 
-# A file goes to one worker: what its tests share, such as a training of two processes, is made once.
 test: $(READY) $(TORCHREC_1_6)/.ready
-	$(BIN)/python -m pytest -q -n auto --dist loadfile
+	$(BIN)/python -m pytest -q -n auto --dist loadgroup
 	PYTHONPATH=$(TORCHREC_1_6) $(BIN)/python -c 'import importlib.metadata as m; assert m.version("torchrec") == "1.6.1"'
-	PYTHONPATH=$(TORCHREC_1_6) $(BIN)/python -m pytest -q -n auto --dist loadfile $(TORCHREC_TESTS)
+	PYTHONPATH=$(TORCHREC_1_6) $(BIN)/python -m pytest -q -n auto --dist loadgroup $(TORCHREC_TESTS)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -q -m slow

@@ -134,7 +134,7 @@ def test_the_tests_run_once_more_with_the_older_torchrec(checkout):
     plan = planned(checkout, "test")
     assert "--no-deps --target" in plan
     assert "torchrec==1.6.1" in plan
-    assert "pytest -q -n auto --dist loadfile tests/data" in plan
+    assert "pytest -q -n auto --dist loadgroup tests/data" in plan
 
 
 def test_a_gpu_host_checks_with_an_interpreter_of_its_own(checkout):

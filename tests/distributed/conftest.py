@@ -1,11 +1,19 @@
-"""A process group of one, in the test's own process."""
+"""A process group of one, in the test's own process; and what makes a file's worlds once."""
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 
 from ssd_torchrec.distributed.process import World, process_group
 from tests.distributed.world import free_port
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A file goes to one worker of pytest-xdist, so that the worlds its tests look at are not started in each."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture
