@@ -261,7 +261,7 @@ def _mean(sums: Tensor, features: KeyedJaggedTensor, keys: Sequence[str]) -> Ten
     """(B, F·D) sums over bags to means, 0 for an empty bag: TorchRec adds up the ranks' means under grid_shard."""
     lengths = features.lengths().view(len(features.keys()), -1)
     of_keys = torch.stack([lengths[features.keys().index(key)] for key in keys], dim=1)
-    means = sums.view(*of_keys.shape, -1) / of_keys.clamp_min(1)[..., None]
+    means = sums.view(*of_keys.shape, sums.shape[1] // len(keys)) / of_keys.clamp_min(1)[..., None]
     return means.flatten(1)
 
 

@@ -96,15 +96,19 @@ def test_the_added_map_learns_from_the_first_step_and_what_is_behind_it_from_the
     assert behind <= learned[1]
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_after_some_steps_order_and_times_matter(kind):
-    _, model = plugged(kind)
+def take_some_steps(model: DLRM) -> None:
     train = DLRMTrain(model)
     optimizer = torch.optim.Adam(train.parameters(), lr=0.02)
     for step in range(10):
         optimizer.zero_grad()
         train(batch(LENGTHS, step))[0].backward()
         optimizer.step()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_after_some_steps_order_and_times_matter(kind):
+    _, model = plugged(kind)
+    take_some_steps(model)
     asked = batch([5])
     ids, times = asked.sparse_features["clicked"].values(), asked.sparse_features["clicked_at"].values()
     logits = [model(asked.dense_features, asked.sparse_features).item()]
@@ -121,12 +125,7 @@ def test_after_some_steps_order_and_times_matter(kind):
 @pytest.mark.parametrize("kind", KINDS)
 def test_after_some_steps_it_matters_which_item_is_shown(kind):
     _, model = plugged(kind, history=SHOWN)
-    train = DLRMTrain(model)
-    optimizer = torch.optim.Adam(train.parameters(), lr=0.02)
-    for step in range(10):
-        optimizer.zero_grad()
-        train(batch(LENGTHS, step))[0].backward()
-        optimizer.step()
+    take_some_steps(model)
     asked = batch([5])
     before = model(asked.dense_features, asked.sparse_features)
     asked.sparse_features["shown"].values().add_(1).remainder_(ITEMS)
