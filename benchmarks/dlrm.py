@@ -121,10 +121,14 @@ def whole(world: World, rounds: int) -> Iterator[str]:
 def alone(
     encoder: Encoder, events: Tensor, timestamps: Tensor, layout: JaggedLayout, dtype: torch.dtype
 ) -> Callable[[], None]:
+    parameters = list(encoder.parameters())
+
     def step() -> None:
         with torch.autocast(events.device.type, dtype, enabled=dtype != torch.float32):
             out = encoder(events, timestamps, layout)
         out[layout.last_event].float().sum().backward()
+        for parameter in parameters:
+            parameter.grad = None
 
     return step
 

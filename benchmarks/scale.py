@@ -27,6 +27,7 @@ from torchrec import KeyedJaggedTensor
 from benchmarks.encoders import RESULTS, peak_mib, status_kib
 from benchmarks.machine import processor
 from ssd_torchrec.data.batch import Batch
+from ssd_torchrec.data.rows import even_lengths
 from ssd_torchrec.distributed.process import World, launched, process_group
 from ssd_torchrec.distributed.shard import DenseOptimizerConfig, ShardingConfig, Trainable, shard
 from ssd_torchrec.distributed.vocab_parallel import VocabParallelSoftmaxLoss
@@ -99,7 +100,7 @@ def batch(case: Case, world: World) -> Batch:
     features = KeyedJaggedTensor.from_lengths_sync(
         keys=["item", "timestamp", "candidate"],
         values=torch.cat([item[:-1] + FIRST_ITEM, 60 * torch.arange(count), listed + FIRST_ITEM]),
-        lengths=torch.tensor([ROW_EVENTS] * (2 * rows) + [len(listed)] + [0] * (rows - 1)),
+        lengths=torch.tensor([ROW_EVENTS] * (2 * rows) + even_lengths(len(listed), rows).tolist()),
     )
     layout = JaggedLayout.from_lengths([ROW_EVENTS] * rows)
     return Batch(features, layout, target, case.tokens, log_q=log_q, num_shared=shared)

@@ -12,7 +12,7 @@ from torchrec.streamable import Pipelineable
 
 from ssd_torchrec.data.negatives import SharedNegatives
 from ssd_torchrec.data.objective import MASK
-from ssd_torchrec.data.rows import Ints, Rows
+from ssd_torchrec.data.rows import Ints, Rows, even_lengths
 from ssd_torchrec.data.schema import UNKNOWN, DatasetMeta
 from ssd_torchrec.jagged import JaggedLayout
 
@@ -24,7 +24,7 @@ class Batch(Pipelineable):
     #             row 0            row 1   row 2
     # item        [7, 3, 3]        []      [9, 4]       an empty row fills a rank that got none
     # timestamp   [100, 160, 900]  []      [120, 121]   int64 seconds; no table owns this key
-    # candidate   [3, 4, 9, 12]    []      []           all in row 0, as the keys of a KJT share B
+    # candidate   [3]              [4]     [9, 12]      laid over all rows: FBGEMM takes the ids of a row one by one
     # segment     [5]              []      [1]          a context key: one bag a row
     # action      [2, 0, 1]        []      [1, 1]       an event column: an id an event, 0 for none
     # target      [0, 0, 2]        []      [1, -1]      position in the candidate list; -1 asks for nothing
@@ -95,7 +95,7 @@ def collate(
         candidates = _in_pairs(target_item, negative_item, meta)
     else:
         candidates = _catalogue(target_item, meta, with_candidates)
-    lengths.append(np.concatenate([[len(candidates.item)], np.zeros(num_rows - 1, np.int64)]))
+    lengths.append(even_lengths(len(candidates.item), num_rows))
     values.append(candidates.item)
     for name in meta.context:
         lengths.append(rows.context[name].lengths)

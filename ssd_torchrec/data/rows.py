@@ -105,6 +105,11 @@ class Rows:
         )
 
 
+def even_lengths(count: int, rows: int) -> Ints:
+    """(rows,) lengths that add up to `count`, no two of them more than 1 apart."""
+    return np.diff(np.arange(rows + 1) * count // rows)
+
+
 def offsets_of(lengths: Ints) -> Ints:
     """(R,) lengths to (R+1,) int64 offsets."""
     return np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths, dtype=np.int64)])

@@ -31,6 +31,7 @@ from torchrec import (
 )
 
 from ssd_torchrec.data.batch import Batch
+from ssd_torchrec.data.rows import even_lengths
 from ssd_torchrec.encoders.encoder import Encoder
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.ops.item_softmax import item_softmax
@@ -39,6 +40,7 @@ from ssd_torchrec.ops.precision import as_given
 ITEM_TABLE = "item"
 ITEM_WEIGHT = f"items.embeddings.{ITEM_TABLE}.weight"  # of a NextItemModel's state
 INIT_STD = 0.02  # of every table, as all the published systems have it
+IDS_A_ROW = 64  # of ids that no rows belong to: FBGEMM's kernels take the ids of a row one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -252,8 +254,10 @@ class NextItemModel(nn.Module):
         """Table rows of (C,) int64 ids: (C, D). Collective when the table is sharded."""
         # all a sharded collection has ever seen
         keys = ["item", "timestamp", "candidate", *self.tables.context, *self.tables.event_columns]
-        lengths = torch.tensor([len(ids) if key == "candidate" else 0 for key in keys], device=ids.device)
-        features = KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths)
+        rows = max(-(-len(ids) // IDS_A_ROW), 1)
+        lengths = torch.zeros(len(keys), rows, dtype=torch.int64)
+        lengths[keys.index("candidate")] = torch.from_numpy(even_lengths(len(ids), rows))
+        features = KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths.flatten().to(ids.device))
         return self.items(features)["candidate"].values()
 
 

@@ -49,18 +49,18 @@ class _Tile(NamedTuple):
 # both operands from registers, where each fp32 is two tf32.
 _Tiles = dict[str, dict[int, _Tile]]
 _FORWARD: _Tiles = {
-    "bf16": {64: _Tile(128, 64, 8, 3), 128: _Tile(128, 64, 8, 3), 256: _Tile(128, 64, 8, 2)},
-    "fp32": {64: _Tile(128, 64, 8, 2), 128: _Tile(64, 32, 4, 2), 256: _Tile(64, 32, 8, 2)},
+    "bf16": {64: _Tile(128, 128, 4, 3), 128: _Tile(128, 64, 8, 3), 256: _Tile(128, 64, 8, 2)},
+    "fp32": {64: _Tile(128, 64, 4, 2), 128: _Tile(64, 32, 4, 2), 256: _Tile(64, 32, 8, 2)},
     "fp32 before Hopper": {64: _Tile(64, 32, 8, 2), 128: _Tile(32, 16, 4, 2), 256: _Tile(16, 32, 8, 2)},
 }
 _DQUERIES: _Tiles = {
-    "bf16": {64: _Tile(128, 64, 8, 3), 128: _Tile(128, 64, 8, 3), 256: _Tile(128, 64, 8, 2)},
-    "fp32": {64: _Tile(64, 64, 4, 2), 128: _Tile(128, 32, 8, 2), 256: _Tile(16, 32, 8, 2)},
+    "bf16": {64: _Tile(64, 128, 4, 3), 128: _Tile(128, 64, 8, 3), 256: _Tile(128, 64, 8, 2)},
+    "fp32": {64: _Tile(128, 64, 8, 2), 128: _Tile(128, 32, 8, 2), 256: _Tile(16, 32, 8, 2)},
     "fp32 before Hopper": {64: _Tile(32, 32, 4, 2), 128: _Tile(32, 32, 8, 2), 256: _Tile(16, 32, 8, 2)},
 }
 _DCANDIDATES: _Tiles = {
-    "bf16": {64: _Tile(128, 64, 4, 2), 128: _Tile(64, 64, 4, 2), 256: _Tile(64, 64, 8, 2)},
-    "fp32": {64: _Tile(64, 64, 8, 2), 128: _Tile(32, 64, 8, 1), 256: _Tile(32, 16, 8, 1)},
+    "bf16": {64: _Tile(64, 128, 4, 2), 128: _Tile(64, 64, 4, 2), 256: _Tile(64, 64, 8, 2)},
+    "fp32": {64: _Tile(64, 128, 8, 2), 128: _Tile(32, 64, 8, 1), 256: _Tile(32, 16, 8, 1)},
     "fp32 before Hopper": {64: _Tile(32, 64, 8, 1), 128: _Tile(32, 32, 8, 1), 256: _Tile(32, 16, 8, 1)},
 }
 
@@ -215,7 +215,7 @@ def _dqueries_kernel(
         p = tl.exp(logits - log_sum_exp[:, None])
         dlogits = tl.where(is_target, p - 1, p)
         dqueries = tl.dot(dlogits.to(OPERAND), candidates, dqueries, input_precision=PRECISION)
-    dloss = tl.load(dloss_ptr + rows, mask=target >= 0, other=0.0)
+    dloss = tl.load(dloss_ptr + rows, mask=log_sum_exp < float("inf"), other=0.0)
     d = tl.arange(0, BLOCK_D)
     partial = (split.to(tl.int64) * M + rows)[:, None] * D + d[None, :]
     tl.store(dqueries_ptr + partial, dqueries * dloss[:, None], mask=(rows < M)[:, None] & (d < D)[None, :])

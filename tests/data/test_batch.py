@@ -29,7 +29,7 @@ def test_a_batch_holds_histories_candidates_and_bags_of_equally_many_rows():
     assert batch.features["item"].values().tolist() == [7, 3, 3, 9, 4]
     assert batch.features["item"].lengths().tolist() == batch.features["timestamp"].lengths().tolist() == [3, 2]
     assert batch.features["timestamp"].values().tolist() == [1000, 4600, 8200, 1000, 4600]
-    assert batch.features["candidate"].lengths().tolist() == [NUM_ITEMS, 0]
+    assert batch.features["candidate"].lengths().tolist() == [NUM_ITEMS // 2, NUM_ITEMS - NUM_ITEMS // 2]
     assert batch.features["candidate"].values().tolist() == list(range(FIRST_ITEM, FIRST_ITEM + NUM_ITEMS))
     assert batch.features["segment"].values().tolist() == [0, 1]
     assert batch.layout.offsets.tolist() == [0, 3, 5]

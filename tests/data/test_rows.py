@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_torchrec.data.rows import Rows, cut_under_budget, offsets_of, ranges
+from ssd_torchrec.data.rows import Rows, cut_under_budget, even_lengths, offsets_of, ranges
 from tests.data.samples import FEW, lists, random_rows, rows_of
 
 LENGTHS = st.lists(st.integers(0, 9), max_size=12)
@@ -17,6 +17,14 @@ def test_ranges_are_the_ranges_end_to_end(lengths):
     starts = np.arange(len(lengths)) * 7
     expected = [s + i for s, n in zip(starts.tolist(), lengths, strict=True) for i in range(n)]
     assert ranges(starts, np.array(lengths, np.int64)).tolist() == expected
+
+
+@FEW
+@given(st.integers(0, 40), st.integers(1, 12))
+def test_a_count_is_laid_over_rows_evenly(count, rows):
+    lengths = even_lengths(count, rows)
+    assert (len(lengths), lengths.sum()) == (rows, count)
+    assert max(lengths) - min(lengths) <= 1
 
 
 @FEW

@@ -1,6 +1,7 @@
 """Scoring the table where it lies equals scoring looked-up candidates: losses, weights and optimizer state."""
 
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from ssd_torchrec.errors import ConfigError
 from tests.distributed.example import FIRST_ITEM, SGD, WIDTH, batch, over_ranks, train, trainable, whole_weights
 from tests.distributed.world import free_port, spawn
 
-STEPS = range(20)
+STEPS, FEW_STEPS = range(20), range(4)
 CLOSE = 1e-6
 TABLE = "items.embeddings.item.weight"
 SHARDINGS = {
@@ -54,11 +55,15 @@ def both(world: World) -> dict[str, Any]:
     looked_up, in_place = trainable(world, sharding, SGD, **told), bound(world, sharding, **told)
     losses = train(looked_up, world, STEPS, **told), train(in_place, world, STEPS, candidates=False, **told)
     runs["event columns"] = (*losses, ending(looked_up), ending(in_place))
+    with patch.object(vocab_parallel, "_fits_tiles", lambda queries: True):  # as on a GPU; here they are interpreted
+        looked_up, in_place = trainable(world, sharding, SGD), bound(world, sharding)
+        losses = train(looked_up, world, FEW_STEPS), train(in_place, world, FEW_STEPS, candidates=False)
+    runs["in tiles"] = (*losses, ending(looked_up), ending(in_place))
     return runs
 
 
 def assert_equal_runs(runs: dict[str, Any]) -> None:
-    assert runs.keys() == {*SHARDINGS, "event columns"}
+    assert runs.keys() == {*SHARDINGS, "event columns", "in tiles"}
     for looked_up, in_place, expected, got in runs.values():
         assert in_place == pytest.approx(looked_up, abs=CLOSE)
         assert expected.keys() == got.keys()

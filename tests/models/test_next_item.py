@@ -9,7 +9,13 @@ from ssd_torchrec.data.batch import Batch
 from ssd_torchrec.encoders.tim4rec import TiM4Rec, TiM4RecConfig
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
-from ssd_torchrec.models.next_item import BinaryCrossEntropyLoss, FullSoftmaxLoss, NextItemModel, TablesConfig
+from ssd_torchrec.models.next_item import (
+    IDS_A_ROW,
+    BinaryCrossEntropyLoss,
+    FullSoftmaxLoss,
+    NextItemModel,
+    TablesConfig,
+)
 
 FIRST, ROWS, SEGMENTS = 3, 23, 4
 ENCODER = TiM4RecConfig(width=16, head_width=8, state=8, dropout=0.0, time_dropout=0.0)
@@ -248,6 +254,13 @@ def test_candidates_are_items_alone():
     table = next(net.items.parameters())
     assert torch.equal(net.item_vectors(torch.tensor([22, 3])), table[[22, 3]])
     assert torch.equal(net.items(acting(USERS, BAGS).features)["candidate"].values(), table[FIRST:])
+
+
+@pytest.mark.parametrize("count", [0, 1, IDS_A_ROW, 3 * IDS_A_ROW + 1])
+def test_vectors_of_any_number_of_ids_come_in_their_order(count):
+    net = model()
+    ids = torch.arange(count) * 7 % ROWS
+    assert torch.equal(net.item_vectors(ids), next(net.items.parameters())[ids])
 
 
 def test_no_history_has_no_event_columns_either():
