@@ -49,7 +49,7 @@ class _Tile(NamedTuple):
 # both operands from registers, where each fp32 is two tf32.
 _Tiles = dict[str, dict[int, _Tile]]
 _FORWARD: _Tiles = {
-    "bf16": {64: _Tile(128, 128, 4, 3), 128: _Tile(128, 64, 8, 3), 256: _Tile(128, 64, 8, 2)},
+    "bf16": {64: _Tile(128, 64, 4, 3), 128: _Tile(128, 64, 8, 3), 256: _Tile(128, 64, 8, 2)},
     "fp32": {64: _Tile(128, 64, 4, 2), 128: _Tile(64, 32, 4, 2), 256: _Tile(64, 32, 8, 2)},
     "fp32 before Hopper": {64: _Tile(64, 32, 8, 2), 128: _Tile(32, 16, 4, 2), 256: _Tile(16, 32, 8, 2)},
 }

@@ -12,12 +12,14 @@ from tests.ops.launches import LAUNCHES, RARE
 
 TWO_PARTS = "in tf32x3 each operand of a product is two, of which both live in registers"
 MANY_TILES = "with states, a chunk's gradient has all of x, dy, B, C, two states and five gradients at hand"
+WIDEST = "the widest tile that is worth it on a Hopper"
 HISTORY = "states of the last few events wait in registers for the way back"
 
 SPILLS: dict[str, tuple[int, str]] = {
     "item_softmax_triton._dqueries_kernel * fp32 *": (60, TWO_PARTS),
+    "item_softmax_triton._dqueries_kernel * bf16 D64 log_q items *": (10, WIDEST),
     "item_softmax_triton._dcandidates_kernel * fp32 *": (40, TWO_PARTS),
-    "item_softmax_triton._dcandidates_kernel * bf16 D64 *": (15, "the widest tile that is worth it on a Hopper"),
+    "item_softmax_triton._dcandidates_kernel * bf16 D64 *": (15, WIDEST),
     "selective_triton._gradient_kernel *": (110, HISTORY),
     "ssd_gradients._gradients_kernel * fp32 * WHOLE *": (210, TWO_PARTS),
     "ssd_gradients._gradients_kernel * fp32 H4 P32 N32 * mixed *": (450, TWO_PARTS),
