@@ -20,6 +20,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torchrec import KeyedJaggedTensor
@@ -27,7 +28,7 @@ from torchrec import KeyedJaggedTensor
 from benchmarks.encoders import RESULTS, peak_mib, status_kib
 from benchmarks.machine import processor
 from ssd_torchrec.data.batch import Batch
-from ssd_torchrec.data.rows import even_lengths
+from ssd_torchrec.data.rows import even_offsets
 from ssd_torchrec.distributed.process import World, launched, process_group
 from ssd_torchrec.distributed.shard import DenseOptimizerConfig, ShardingConfig, Trainable, shard
 from ssd_torchrec.distributed.vocab_parallel import VocabParallelSoftmaxLoss
@@ -100,7 +101,7 @@ def batch(case: Case, world: World) -> Batch:
     features = KeyedJaggedTensor.from_lengths_sync(
         keys=["item", "timestamp", "candidate"],
         values=torch.cat([item[:-1] + FIRST_ITEM, 60 * torch.arange(count), listed + FIRST_ITEM]),
-        lengths=torch.tensor([ROW_EVENTS] * (2 * rows) + even_lengths(len(listed), rows).tolist()),
+        lengths=torch.tensor([ROW_EVENTS] * (2 * rows) + np.diff(even_offsets(len(listed), rows)).tolist()),
     )
     layout = JaggedLayout.from_lengths([ROW_EVENTS] * rows)
     return Batch(features, layout, target, case.tokens, log_q=log_q, num_shared=shared)

@@ -12,9 +12,12 @@ from torchrec.streamable import Pipelineable
 
 from ssd_torchrec.data.negatives import SharedNegatives
 from ssd_torchrec.data.objective import MASK
-from ssd_torchrec.data.rows import Ints, Rows, even_lengths
+from ssd_torchrec.data.rows import Ints, Jagged, Rows, even_offsets
 from ssd_torchrec.data.schema import UNKNOWN, DatasetMeta
 from ssd_torchrec.jagged import JaggedLayout
+
+IDS_A_ROW = 64
+"""Of ids that are laid over rows: enough rows for any GPU, and few lengths beside the ids."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -22,14 +25,18 @@ class Batch(Pipelineable):
     """B rows of history, the candidates to tell their next items from, and which candidate is right.
 
     #             row 0            row 1   row 2
-    # item        [7, 3, 3]        []      [9, 4]       an empty row fills a rank that got none
+    # segment     [5]              []      [1]          a context key: one bag a row; an empty row fills a rank without
+    # item        [7, 3, 3]        []      [9, 4]
     # timestamp   [100, 160, 900]  []      [120, 121]   int64 seconds; no table owns this key
-    # candidate   [3]              [4]     [9, 12]      laid over all rows: FBGEMM takes the ids of a row one by one
-    # segment     [5]              []      [1]          a context key: one bag a row
     # action      [2, 0, 1]        []      [1, 1]       an event column: an id an event, 0 for none
     # target      [0, 0, 2]        []      [1, -1]      position in the candidate list; -1 asks for nothing
     # negative    [2, 3, 1]        []      [0, 0]       if the loss wants one a target
-    # log_q       [-1, -2, -1, -3] []      []           if the candidates were drawn by chance
+    # candidate   [3, 4, 9, 12]                         of no row
+    # log_q       [-1, -2, -1, -3]                      if the candidates were drawn by chance
+
+    Which events are whose says `layout`. Of context keys, row b of `features` is row b here; ids of all other keys are
+    laid evenly over its rows, which are more than B where they would else be longer than `IDS_A_ROW`: FBGEMM's kernels
+    take the ids of a row one by one.
 
     Candidates drawn by chance are the `num_shared` that all ranks have, ascending, and then this rank's targets that
     are none of these, ascending.
@@ -86,31 +93,26 @@ def collate(
             only, each once, and `target` counts among them.
         shared: negatives of the global batch. The candidates are then these, and the targets that are none of them.
     """
-    lengths = [rows.lengths, rows.lengths]
-    values = [rows.item, rows.timestamp]
-    num_rows = max(rows.num_rows, 1)
     if shared is not None:
         candidates = _drawn(target_item, meta, shared)
     elif negative_item is not None:
         candidates = _in_pairs(target_item, negative_item, meta)
     else:
         candidates = _catalogue(target_item, meta, with_candidates)
-    lengths.append(even_lengths(len(candidates.item), num_rows))
-    values.append(candidates.item)
-    for name in meta.context:
-        lengths.append(rows.context[name].lengths)
-        values.append(rows.context[name].values)
-    for name in meta.event_columns:
-        lengths.append(rows.lengths)
-        values.append(np.where(rows.item == MASK, UNKNOWN, rows.event_columns[name]))
-    if not rows.num_rows:
-        lengths = [part if len(part) else np.zeros(1, np.int64) for part in lengths]
+    spread = {"item": rows.item, "timestamp": rows.timestamp, "candidate": candidates.item} | {
+        name: np.where(rows.item == MASK, UNKNOWN, rows.event_columns[name]) for name in meta.event_columns
+    }
+    longest = max(map(len, spread.values()))
+    height = max(rows.num_rows, -(-longest // IDS_A_ROW), 1)
+    jagged = {name: Jagged(ids, even_offsets(len(ids), height)) for name, ids in spread.items()}
+    jagged |= {name: rows.context[name].padded(height) for name in meta.context}
+    keys = ["item", "timestamp", "candidate", *meta.context, *meta.event_columns]
     features = KeyedJaggedTensor.from_lengths_sync(
-        keys=["item", "timestamp", "candidate", *meta.context, *meta.event_columns],
-        values=torch.from_numpy(np.concatenate(values)),
-        lengths=torch.from_numpy(np.concatenate(lengths)),
+        keys=keys,
+        values=torch.from_numpy(np.concatenate([jagged[key].values for key in keys])),
+        lengths=torch.from_numpy(np.concatenate([jagged[key].lengths for key in keys])),
     )
-    layout = JaggedLayout.from_lengths(torch.from_numpy(lengths[0]))
+    layout = JaggedLayout.from_lengths(torch.from_numpy(rows.lengths if rows.num_rows else np.zeros(1, np.int64)))
     target, negative, log_q = (
         None if part is None else torch.from_numpy(part)
         for part in (candidates.target, candidates.negative, candidates.log_q)

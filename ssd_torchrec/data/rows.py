@@ -29,6 +29,10 @@ class Jagged:
         lengths = self.lengths[rows]
         return Jagged(self.values[ranges(self.offsets[rows], lengths)], offsets_of(lengths))
 
+    def padded(self, rows: int) -> "Jagged":
+        """With empty rows behind, so that there are `rows`."""
+        return Jagged(self.values, np.pad(self.offsets, (0, rows + 1 - len(self.offsets)), mode="edge"))
+
     @staticmethod
     def concatenate(parts: list["Jagged"]) -> "Jagged":
         lengths = [part.lengths for part in parts]
@@ -105,9 +109,9 @@ class Rows:
         )
 
 
-def even_lengths(count: int, rows: int) -> Ints:
-    """(rows,) lengths that add up to `count`, no two of them more than 1 apart."""
-    return np.diff(np.arange(rows + 1) * count // rows)
+def even_offsets(count: int, rows: int) -> Ints:
+    """(rows+1,) offsets that lay `count` values over rows, no two of them longer or shorter by more than 1."""
+    return np.arange(rows + 1) * count // rows
 
 
 def offsets_of(lengths: Ints) -> Ints:

@@ -30,8 +30,8 @@ from torchrec import (
     PoolingType,
 )
 
-from ssd_torchrec.data.batch import Batch
-from ssd_torchrec.data.rows import even_lengths
+from ssd_torchrec.data.batch import IDS_A_ROW, Batch
+from ssd_torchrec.data.rows import even_offsets
 from ssd_torchrec.encoders.encoder import Encoder
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.ops.item_softmax import item_softmax
@@ -40,7 +40,6 @@ from ssd_torchrec.ops.precision import as_given
 ITEM_TABLE = "item"
 ITEM_WEIGHT = f"items.embeddings.{ITEM_TABLE}.weight"  # of a NextItemModel's state
 INIT_STD = 0.02  # of every table, as all the published systems have it
-IDS_A_ROW = 64  # of ids that no rows belong to: FBGEMM's kernels take the ids of a row one by one
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -256,7 +255,7 @@ class NextItemModel(nn.Module):
         keys = ["item", "timestamp", "candidate", *self.tables.context, *self.tables.event_columns]
         rows = max(-(-len(ids) // IDS_A_ROW), 1)
         lengths = torch.zeros(len(keys), rows, dtype=torch.int64)
-        lengths[keys.index("candidate")] = torch.from_numpy(even_lengths(len(ids), rows))
+        lengths[keys.index("candidate")] = torch.from_numpy(even_offsets(len(ids), rows)).diff()
         features = KeyedJaggedTensor(keys=keys, values=ids, lengths=lengths.flatten().to(ids.device))
         return self.items(features)["candidate"].values()
 

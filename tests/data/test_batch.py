@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 import torch
 
-from ssd_torchrec.data.batch import collate
+from ssd_torchrec.data.batch import IDS_A_ROW, collate
 from ssd_torchrec.data.negatives import NegativeSampler, SharedNegatives
 from ssd_torchrec.data.schema import DatasetMeta
 from tests.data.samples import FIRST_ITEM, NUM_ITEMS, rows_of
@@ -27,13 +27,25 @@ def test_a_batch_holds_histories_candidates_and_bags_of_equally_many_rows():
     batch = batch_of([[7, 3, 3], [9, 4]], [3, 3, 8, 4, -1])
     assert batch.features.keys() == ["item", "timestamp", "candidate", "segment"]
     assert batch.features["item"].values().tolist() == [7, 3, 3, 9, 4]
-    assert batch.features["item"].lengths().tolist() == batch.features["timestamp"].lengths().tolist() == [3, 2]
+    assert batch.features["item"].lengths().tolist() == batch.features["timestamp"].lengths().tolist() == [2, 3]
     assert batch.features["timestamp"].values().tolist() == [1000, 4600, 8200, 1000, 4600]
     assert batch.features["candidate"].lengths().tolist() == [NUM_ITEMS // 2, NUM_ITEMS - NUM_ITEMS // 2]
     assert batch.features["candidate"].values().tolist() == list(range(FIRST_ITEM, FIRST_ITEM + NUM_ITEMS))
     assert batch.features["segment"].values().tolist() == [0, 1]
     assert batch.layout.offsets.tolist() == [0, 3, 5]
     assert batch.global_targets == 9
+
+
+def test_ids_beyond_those_of_a_row_get_rows_of_their_own():
+    batch = batch_of([[7] * IDS_A_ROW, [], [9] * (IDS_A_ROW + 2)], [-1] * (2 * IDS_A_ROW + 2))
+    assert batch.layout.offsets.tolist() == [0, IDS_A_ROW, IDS_A_ROW, 2 * IDS_A_ROW + 2]
+    assert batch.features["item"].lengths().tolist() == [43, 43, 44]
+    batch = batch_of([[7] * (3 * IDS_A_ROW + 1)], [-1] * (3 * IDS_A_ROW + 1))
+    assert batch.layout.offsets.tolist() == [0, 3 * IDS_A_ROW + 1]
+    assert batch.features["item"].lengths().tolist() == [48, 48, 48, 49]
+    assert batch.features["candidate"].values().tolist() == list(range(FIRST_ITEM, FIRST_ITEM + NUM_ITEMS))
+    assert batch.features["segment"].values().tolist() == [0]
+    assert batch.features["segment"].lengths().tolist() == [1, 0, 0, 0]
 
 
 def test_targets_are_places_among_the_candidates():

@@ -5,7 +5,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ssd_torchrec.data.rows import Rows, cut_under_budget, even_lengths, offsets_of, ranges
+from ssd_torchrec.data.rows import Rows, cut_under_budget, even_offsets, offsets_of, ranges
 from tests.data.samples import FEW, lists, random_rows, rows_of
 
 LENGTHS = st.lists(st.integers(0, 9), max_size=12)
@@ -22,8 +22,9 @@ def test_ranges_are_the_ranges_end_to_end(lengths):
 @FEW
 @given(st.integers(0, 40), st.integers(1, 12))
 def test_a_count_is_laid_over_rows_evenly(count, rows):
-    lengths = even_lengths(count, rows)
-    assert (len(lengths), lengths.sum()) == (rows, count)
+    offsets = even_offsets(count, rows)
+    lengths = np.diff(offsets)
+    assert (len(lengths), offsets[0], offsets[-1]) == (rows, 0, count)
     assert max(lengths) - min(lengths) <= 1
 
 

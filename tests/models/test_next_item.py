@@ -5,17 +5,12 @@ import torch
 import torch.nn.functional as F
 from torchrec import KeyedJaggedTensor
 
-from ssd_torchrec.data.batch import Batch
+from ssd_torchrec.data.batch import IDS_A_ROW, Batch
+from ssd_torchrec.data.rows import even_offsets
 from ssd_torchrec.encoders.tim4rec import TiM4Rec, TiM4RecConfig
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
-from ssd_torchrec.models.next_item import (
-    IDS_A_ROW,
-    BinaryCrossEntropyLoss,
-    FullSoftmaxLoss,
-    NextItemModel,
-    TablesConfig,
-)
+from ssd_torchrec.models.next_item import BinaryCrossEntropyLoss, FullSoftmaxLoss, NextItemModel, TablesConfig
 
 FIRST, ROWS, SEGMENTS = 3, 23, 4
 ENCODER = TiM4RecConfig(width=16, head_width=8, state=8, dropout=0.0, time_dropout=0.0)
@@ -261,6 +256,26 @@ def test_vectors_of_any_number_of_ids_come_in_their_order(count):
     net = model()
     ids = torch.arange(count) * 7 % ROWS
     assert torch.equal(net.item_vectors(ids), next(net.items.parameters())[ids])
+
+
+def relaid(batch: Batch, rows: int) -> Batch:
+    """The same ids in more rows: bags before empty ones, all others evenly."""
+    keys, lengths = batch.features.keys(), []
+    for key in keys:
+        bags = batch.features[key].lengths()
+        spread = torch.from_numpy(even_offsets(int(bags.sum()), rows)).diff()
+        lengths.append(F.pad(bags, (0, rows - len(bags))) if key == "segment" else spread)
+    features = KeyedJaggedTensor(keys=keys, values=batch.features.values(), lengths=torch.cat(lengths))
+    return replace(batch, features=features)
+
+
+def test_rows_of_ids_are_those_of_the_layout_however_the_features_are_cut():
+    net = told(model(event_columns=COLUMNS))
+    users = acting(USERS, BAGS)
+    again = relaid(users, 7)
+    assert again.features.stride() == 7
+    assert torch.equal(net(again)[0], net(users)[0])
+    assert torch.equal(net.last_queries(again), net.last_queries(users))
 
 
 def test_no_history_has_no_event_columns_either():
