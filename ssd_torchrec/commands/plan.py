@@ -7,7 +7,8 @@ from typing import Any, Literal
 import tyro
 
 from ssd_torchrec.commands.options import value_of
-from ssd_torchrec.distributed.capacity import Capacity, CapacityRequest, figures, plan_capacity
+from ssd_torchrec.distributed.capacity import Capacity, CapacityRequest, plan_capacity
+from ssd_torchrec.distributed.fit import figures
 from ssd_torchrec.distributed.plan import BagSplit
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.training.config import RunConfig

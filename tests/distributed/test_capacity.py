@@ -9,17 +9,9 @@ import torch
 
 from ssd_torchrec.__main__ import main
 from ssd_torchrec.data.objective import ObjectiveConfig
-from ssd_torchrec.distributed import capacity as module
-from ssd_torchrec.distributed.capacity import (
-    GIB,
-    MOST_RANKS,
-    SAVED_FLOATS,
-    USABLE_MEMORY,
-    Capacity,
-    CapacityRequest,
-    figures,
-    plan_capacity,
-)
+from ssd_torchrec.distributed import capacity, fit
+from ssd_torchrec.distributed.capacity import SAVED_FLOATS, Capacity, CapacityRequest, plan_capacity
+from ssd_torchrec.distributed.fit import GIB, MOST_RANKS, USABLE_MEMORY, figures
 from ssd_torchrec.distributed.plan import ShardingConfig, plan_offline
 from ssd_torchrec.encoders.registry import SYSTEMS, name_of
 from ssd_torchrec.encoders.sasrec import SASRecConfig
@@ -130,7 +122,7 @@ def test_machines_are_asked_for_whole():
 
 def assert_as_torchrec_says(request: CapacityRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     plans = []
-    monkeypatch.setattr(module, "plan_offline", lambda *a, **k: plans.append(plan_offline(*a, **k)) or plans[-1])
+    monkeypatch.setattr(fit, "plan_offline", lambda *a, **k: plans.append(plan_offline(*a, **k)) or plans[-1])
     answer = plan_capacity(request)
     shards = [shard for option in plans[-1] for shard in option.shards]
     for rank in answer.per_rank:
@@ -156,7 +148,7 @@ def test_the_search_counts_what_the_plan_counts():
     """Ranks are searched by arithmetic; on the ranks asked for, the planner has placed the tables."""
     for sharding in ("row_wise", "column_wise", "table_wise"):
         answer = plan_capacity(under(SMALL, sharding=sharding))
-        need = module._Need(under(SMALL, sharding=sharding), *_parts_of(SMALL))
+        need = capacity._NextItemNeed(under(SMALL, sharding=sharding), *_parts_of(SMALL))
         config = need.resolved(SMALL.ranks)
         counted = need.per_rank(config, SMALL.ranks, need.placed(config, SMALL.ranks))
         assert [replace(rank, step_ms=None) for rank in answer.per_rank] == counted
@@ -168,7 +160,7 @@ def _parts_of(request: CapacityRequest):
 
     tables = TablesConfig(num_item_rows=17 + request.items, first_item=17)
     model = NextItemModel(tables, request.encoder.build(), table_device="meta")
-    return tables_of(model), module._dense_bytes(model, request.dense)
+    return tables_of(model), fit.dense_bytes(model, request.dense)
 
 
 def test_a_billion_items_fit_64_gpus_under_adam_and_under_rowwise_adagrad():
