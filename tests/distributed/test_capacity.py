@@ -12,12 +12,13 @@ from ssd_torchrec.data.objective import ObjectiveConfig
 from ssd_torchrec.distributed import capacity, fit
 from ssd_torchrec.distributed.capacity import SAVED_FLOATS, Capacity, CapacityRequest, plan_capacity
 from ssd_torchrec.distributed.fit import GIB, MOST_RANKS, USABLE_MEMORY, figures
-from ssd_torchrec.distributed.plan import ShardingConfig, plan_offline
+from ssd_torchrec.distributed.plan import ShardingConfig
 from ssd_torchrec.encoders.registry import SYSTEMS, name_of
 from ssd_torchrec.encoders.sasrec import SASRecConfig
 from ssd_torchrec.encoders.tim4rec import PRESETS
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
+from tests.distributed.planned import assert_as_torchrec_says
 
 BILLION = CapacityRequest(items=10**9, ranks=64, memory_gib=80)
 SMALL = CapacityRequest(items=2_000_000, ranks=4, memory_gib=16)
@@ -74,8 +75,9 @@ OF_MACHINES = {  # of the table city
 @pytest.mark.parametrize("kind", OF_MACHINES)
 def test_bags_over_machines_take_what_torchrec_says(kind, monkeypatch):
     request = replace(SMALL, ranks=8, ranks_per_machine=4, context={"segment": 30, "city": 50_000})
-    assert_as_torchrec_says(under(request, **OF_MACHINES[kind]), monkeypatch)
-    answer = plan_capacity(under(request, **OF_MACHINES[kind]))
+    request = under(request, **OF_MACHINES[kind])
+    assert_as_torchrec_says(lambda: plan_capacity(request), monkeypatch)
+    answer = plan_capacity(request)
     city = next(table for table in answer.tables if table.name == "city")
     assert {(s.rank, s.first_row, s.first_column) for s in city.shards} == {
         "table-rows": {(part, part * 12_500, 0) for part in range(4)},
@@ -120,19 +122,6 @@ def test_machines_are_asked_for_whole():
     assert plan_capacity(under(replace(request, memory_gib=10), by_table=grid)).fewest_ranks == 8
 
 
-def assert_as_torchrec_says(request: CapacityRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = []
-    monkeypatch.setattr(fit, "plan_offline", lambda *a, **k: plans.append(plan_offline(*a, **k)) or plans[-1])
-    answer = plan_capacity(request)
-    shards = [shard for option in plans[-1] for shard in option.shards]
-    for rank in answer.per_rank:
-        mine = [shard for shard in shards if shard.rank == rank.rank]
-        assert rank.tables_bytes == pytest.approx(sum(shard.storage.hbm for shard in mine), rel=1e-3, abs=8)
-        assert rank.host_bytes == pytest.approx(sum(shard.storage.ddr for shard in mine), rel=1e-3, abs=8)
-        assert (rank.step_ms or 0.0) == pytest.approx(sum(shard.perf.total for shard in mine))
-    assert answer.step_ms == max(rank.step_ms for rank in answer.per_rank if rank.step_ms is not None) > 0
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "further",
@@ -140,8 +129,8 @@ def assert_as_torchrec_says(request: CapacityRequest, monkeypatch: pytest.Monkey
     ids=["items-alone", "with-context", "with-event-columns"],
 )
 def test_bytes_and_ms_of_tables_are_those_of_torchrec(kind, further, monkeypatch):
-    request = replace(SMALL, objective=SAMPLED, **further)
-    assert_as_torchrec_says(under(request, **KINDS[kind]), monkeypatch)
+    request = under(replace(SMALL, objective=SAMPLED, **further), **KINDS[kind])
+    assert_as_torchrec_says(lambda: plan_capacity(request), monkeypatch)
 
 
 def test_the_search_counts_what_the_plan_counts():
