@@ -360,7 +360,7 @@ COMMANDS = {
     "train": Command(_train, "Train a preset; every field of the run can be overridden."),
     "plan": Command(
         _kept_in("plan", "plan"),
-        "Does a catalogue fit these GPUs, and how many does it take? Tables, bytes, a verdict.",
+        "Does a catalogue or a DLRM fit these GPUs, and how many does it take? Tables, bytes, a verdict.",
     ),
     "models": Command(_models, "What can be trained: paper, direction, time, streaming, presets."),
     "import-weights": Command(_import_weights, "Make a run of the weights of a published program."),

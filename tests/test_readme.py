@@ -30,7 +30,7 @@ def test_every_folder_of_the_readme_tree_is_there():
         assert (ROOT / name).exists() or (ROOT / "ssd_torchrec" / name).exists(), name
 
 
-PLANS = re.findall(r"\| `(--items .*?)` \| (.*?) \|", (ROOT / "docs" / "scale.md").read_text())
+PLANS = re.findall(r"\| `(--(?:items|preset) .*?)` \| (.*?) \|", (ROOT / "docs" / "scale.md").read_text())
 
 
 @pytest.mark.parametrize(("options", "verdict"), PLANS, ids=[options.replace("--", "") for options, _ in PLANS])

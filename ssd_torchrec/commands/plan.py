@@ -1,4 +1,4 @@
-"""`ssd-torchrec plan`: does a catalogue fit these GPUs."""
+"""`ssd-torchrec plan`: does a catalogue, or a DLRM, fit these GPUs."""
 
 import json
 from dataclasses import dataclass, field, replace
@@ -7,32 +7,34 @@ from typing import Any, Literal
 import tyro
 
 from ssd_torchrec.commands.options import value_of
-from ssd_torchrec.distributed.capacity import Capacity, CapacityRequest, figures, plan_capacity
-from ssd_torchrec.distributed.plan import BagSplit
+from ssd_torchrec.commands.plan_options import gpus_asked, options_of_gpus, print_fit
+from ssd_torchrec.commands.plan_ranking import plan_ranking
+from ssd_torchrec.distributed.capacity import CapacityRequest, plan_capacity
+from ssd_torchrec.distributed.fit import figures
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.training.config import RunConfig
 from ssd_torchrec.training.presets import presets
+from ssd_torchrec.training.ranking_config import ranking_presets
 
 
 def plan(words: list[str], about: str) -> int:
     """Answer as a table, or as JSON; starts no process and needs no GPU."""
-    runs, preset = presets(), value_of("--preset", words) or "tim4rec"
+    runs, rankings, preset = presets(), ranking_presets(), value_of("--preset", words) or "tim4rec"
+    about = f"{about} Starts no process and needs no GPU."
+    if preset in rankings:
+        return plan_ranking(words, about, preset, rankings[preset][1])
     if preset not in runs:
         raise ConfigError(
             f"--preset must be a preset of `ssd-torchrec train --help`, got {preset!r}; take one of those"
         )
     run = runs[preset][1]
-    asked = tyro.cli(
-        _options(run),
-        args=words,
-        prog="ssd-torchrec plan",
-        description=f"{about} Starts no process and needs no GPU.",
-    )
+    asked = tyro.cli(_options(run), args=words, prog="ssd-torchrec plan", description=about)
     capacity = plan_capacity(_request(asked, run))
     if asked.json:
         print(json.dumps(figures(capacity)))
-    else:
-        _print(capacity)
+        return 0
+    scored = "scored in place" if capacity.scored_in_place else f"{capacity.candidates_per_rank:,} candidates"
+    print_fit(capacity, f"{capacity.events_per_rank:,} events, {scored}")
     return 0
 
 
@@ -40,18 +42,13 @@ def _options(run: RunConfig) -> Any:
     """Options whose defaults are those of a run."""
 
     @dataclass(frozen=True, kw_only=True)
-    class Plan:
+    class Plan(options_of_gpus(run.sharding)):
         items: int
         """Items of the catalogue."""
 
-        ranks: int
-        """GPUs, one a process."""
-
-        memory_gib: float
-        """Memory of a GPU in GiB."""
-
         preset: str = "tim4rec"
-        """Preset of `ssd-torchrec train`, which then is the default of the options below."""
+        """Preset of `ssd-torchrec train`, which then is the default of the other options. Those of a ranking model are
+        others: `ssd-torchrec plan --preset dlrm --help`."""
 
         batch: int = run.data.tokens_per_batch
         """Events of one global batch, over all ranks."""
@@ -62,22 +59,6 @@ def _options(run: RunConfig) -> Any:
         width: int = run.encoder.width
         """Channels of an event, and of the tables."""
 
-        sharding: Literal["auto", "none", "row_wise", "table_wise", "column_wise", "data_parallel"] = (
-            run.sharding.sharding
-        )
-        """Split of every table. auto: by rows; whole on one rank. data_parallel is refused."""
-
-        by_table: dict[str, BagSplit] = field(default_factory=dict)
-        """Tables that are split differently, such as city table_row_wise: the table of a context feature or an event
-        column has its name."""
-
-        optimizer: Literal["auto", "sgd", "adagrad", "rowwise_adagrad", "adam"] = run.sharding.optimizer
-        """What updates the tables. auto: adam."""
-
-        compute_kernel: Literal["fused", "fused_uvm", "fused_uvm_caching", "dense"] = run.sharding.compute_kernel
-        """Where split tables lie: on the GPU, in the machine's memory, or there behind a cache on the GPU.
-        dense is refused."""
-
         loss: Literal["softmax", "bce", "sampled_softmax"] = run.objective.loss
         """What candidates cost: softmax over a large catalogue scores it where it lies."""
 
@@ -85,77 +66,23 @@ def _options(run: RunConfig) -> Any:
         """Draws for a global batch, of sampled_softmax."""
 
         context: dict[str, int] = field(default_factory=dict)
-        """Context features: name and number of ids of each, such as city 5000."""
+        """Context features: name and number of ids of each, such as city 5000; its table has that name."""
 
         event_columns: dict[str, int] = field(default_factory=dict)
-        """Event columns: name and number of ids of each, such as action 5."""
-
-        ranks_per_machine: int = 8
-        """GPUs that share a machine."""
-
-        host_memory_gib: float | None = None
-        """Memory of a machine in GiB, to judge what fused_uvm keeps there; without it, the need is told."""
-
-        json: bool = False
-        """Print one JSON object, with all bytes and ms."""
+        """Event columns: name and number of ids of each, such as action 5; its table has that name."""
 
     return Plan
 
 
 def _request(asked: Any, run: RunConfig) -> CapacityRequest:
-    objective = replace(run.objective, loss=asked.loss, num_negatives=asked.negatives)
-    sharding = replace(
-        run.sharding,
-        sharding=asked.sharding,
-        by_table=asked.by_table,
-        optimizer=asked.optimizer,
-        compute_kernel=asked.compute_kernel,
-    )
     return CapacityRequest(
+        **gpus_asked(asked, run.sharding),
         items=asked.items,
-        ranks=asked.ranks,
-        memory_gib=asked.memory_gib,
         encoder=replace(run.encoder, width=asked.width),
-        objective=objective,
-        sharding=sharding,
+        objective=replace(run.objective, loss=asked.loss, num_negatives=asked.negatives),
         dense=run.dense,
         context=asked.context,
         event_columns=asked.event_columns,
         tokens_per_batch=asked.batch,
         mean_length=asked.mean_length,
-        ranks_per_machine=asked.ranks_per_machine,
-        host_memory_gib=asked.host_memory_gib,
     )
-
-
-def _print(capacity: Capacity) -> None:
-    heaviest, step_ms = capacity.heaviest, capacity.step_ms
-    for table in capacity.tables:
-        first = table.shards[0]
-        part = f"{first.num_rows:,} rows x {first.num_columns}"
-        ranks = sorted(shard.rank for shard in table.shards)
-        over = f"up to {part} on each of ranks 0-{ranks[-1]}" if len(ranks) > 1 else f"on rank {ranks[0]}"
-        how = f"{table.sharding} {capacity.compute_kernel}".strip() if table.sharding != "none" else "whole"
-        print(f"{table.name}: {table.num_rows:,} rows x {table.width}, {how}, {capacity.optimizer}; {over}")
-    scored = "scored in place" if capacity.scored_in_place else f"{capacity.candidates_per_rank:,} candidates"
-    print(f"a rank's batch: {capacity.events_per_rank:,} events, {scored}\n")
-    print(f"rank {heaviest.rank}, the heaviest{'GiB':>14}")
-    for name in (
-        "weights",
-        "optimizer",
-        "gradient",
-        "cache",
-        "lookups",
-        "activations",
-        "dense",
-        "loss",
-        "total",
-        "host",
-    ):
-        if (size := getattr(heaviest, f"{name}_bytes")) or name == "total":
-            print(f"  {name:<18}{size / 2**30:>14,.3f}")
-    if step_ms is not None:
-        print(
-            f"\ntables, a step: {step_ms:,.3f} ms on the slowest rank, by TorchRec's estimate for its default hardware"
-        )
-    print(f"\n{capacity.verdict}")

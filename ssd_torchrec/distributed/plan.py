@@ -16,7 +16,7 @@ What TorchRec 1.6 to 1.8 accepts but computes wrongly is refused here, each with
 
 import logging
 import os
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
@@ -120,6 +120,10 @@ class Workload:
 
     ids_per_row: dict[str, float] = field(default_factory=dict)
     """Average ids a row, by feature name; 1 for a feature that is not named."""
+
+    def of(self, features: Sequence[str]) -> "Workload":
+        """What is looked up by these features, each of them named."""
+        return replace(self, ids_per_row={feature: self.ids_per_row.get(feature, 1.0) for feature in features})
 
 
 def resolve(
@@ -422,7 +426,7 @@ def _constraints(
     return ParameterConstraints(
         sharding_types=[split],
         compute_kernels=[config.compute_kernel],
-        pooling_factors=[workload.ids_per_row.get(feature, 1.0) for feature in table.feature_names],
+        pooling_factors=list(workload.of(table.feature_names).ids_per_row.values()),
         min_partition=table.embedding_dim // ranks.column_ranges(split) if split in BY_COLUMNS else None,
     )
 

@@ -17,7 +17,6 @@ from torchrec.distributed.planner.constants import UVM_CACHING_RATIO
 
 from ssd_torchrec.distributed.plan import Ranks, ShardingConfig, Workload
 from ssd_torchrec.distributed.tables import TableConfig
-from ssd_torchrec.models.next_item import ITEM_TABLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,7 +54,7 @@ class TablePlacement:
 
 @dataclass(frozen=True, kw_only=True)
 class RankStorage:
-    """Bytes of a rank, by what they are for; this file's header and that of `capacity` say how they are counted."""
+    """Bytes of a rank, by what they are for; this file's header and that of `fit` say how they are counted."""
 
     rank: int
     weights_bytes: int = 0
@@ -119,7 +118,7 @@ def placement(table: TableConfig, split: str, shards: list[TableShard]) -> Table
 def shard_bytes(
     table: TablePlacement, shard: TableShard, config: ShardingConfig, workload: Workload, ranks: int
 ) -> dict[str, int]:
-    """What a part of a table takes on its rank, by field of `RankStorage`."""
+    """What a part of a table takes on its rank, by field of `RankStorage`; `workload` is of its features."""
     weights = 4 * shard.num_rows * shard.num_columns
     per_optimizer = {"sgd": 0, "adagrad": weights, "rowwise_adagrad": 4 * shard.num_rows, "adam": 2 * weights}
     state = per_optimizer[config.optimizer]
@@ -139,8 +138,7 @@ def shard_bytes(
 
 def _lookups_bytes(table: TablePlacement, shard: TableShard, workload: Workload, ranks: int) -> int:
     """What all ranks bring is looked up, of a table by rows a share of it by each that holds some."""
-    features = ("item", "candidate") if table.name == ITEM_TABLE else (table.name,)
-    ids_per_row = [workload.ids_per_row.get(feature, 1.0) for feature in features]
+    ids_per_row = workload.ids_per_row.values()
     ids = workload.rows_per_rank * sum(ids_per_row)
     vectors = workload.rows_per_rank * sum(min(1.0, n) for n in ids_per_row) if table.pooled else ids
     row_parts = len({shard.first_row for shard in table.shards})

@@ -24,6 +24,7 @@ from ssd_torchrec.distributed.checkpoint import installed_versions, load_weights
 from ssd_torchrec.distributed.process import World, all_or_none
 from ssd_torchrec.distributed.shard import Trainable, Workload, shard
 from ssd_torchrec.distributed.tables import seed_of
+from ssd_torchrec.encoders.encoder import EncoderConfig
 from ssd_torchrec.encoders.registry import name_of
 from ssd_torchrec.errors import ConfigError, DataError
 from ssd_torchrec.models.ranking import RankingModel, tables_for, with_histories
@@ -31,7 +32,7 @@ from ssd_torchrec.training.build import AUTOCAST
 from ssd_torchrec.training.job import Job, checkpoint_at, leave, start_of, trained_with
 from ssd_torchrec.training.loop import Position
 from ssd_torchrec.training.provenance import git_commit, peak_memory_gib
-from ssd_torchrec.training.ranking_config import RankingRunConfig
+from ssd_torchrec.training.ranking_config import RankingModelConfig, RankingRunConfig
 from ssd_torchrec.training.ranking_metrics import SELECTION, assess
 from ssd_torchrec.training.report import print_results
 
@@ -177,33 +178,52 @@ def build_ranking(config: RankingRunConfig, meta: RankingMeta, world: World) -> 
     """
     if config.training.precision == "bf16" and world.device.type != "cuda":
         raise ConfigError("training.precision bf16 is for CUDA, this run is on the CPU; take fp32")
-    width, use, target = config.encoder.width, config.model.history, config.model.target
+    torch.manual_seed(seed_of("weights", config.training.seed))
+    model = ranking_model(config.model, config.encoder, meta, AUTOCAST[config.training.precision])
+    workload = ranking_workload(meta, config.data.rows_per_batch // world.size)
+    return shard(model, config.sharding, config.dense, world, seed=config.training.seed, workload=workload)
+
+
+def ranking_model(
+    config: RankingModelConfig, encoder: EncoderConfig, meta: RankingMeta, autocast_dtype: torch.dtype | None = None
+) -> RankingModel:
+    """Make a model with tables on "meta", for `shard` to split.
+
+    Args:
+        encoder: reads histories; its width is the width of all tables.
+        meta: of the data set.
+        autocast_dtype: run the encoder in this dtype (bf16 on CUDA); None for full precision.
+
+    Raises:
+        ConfigError: the data set has no features for it, or names no target that it is to have.
+    """
+    use, target = config.history, config.target
     if target and not meta.targets:
         raise ConfigError(
             f"model.target is for data sets that name the item shown, got {meta.name} without targets; prepare or "
             "generate it again, or name one in ranking.json"
         )
-    torch.manual_seed(seed_of("weights", config.training.seed))
-    bags, items = tables_for(meta, width, use, target=target)
+    bags, items = tables_for(meta, encoder.width, use, target=target)
     if not bags.embedding_bag_configs() or not meta.dense:
         raise ConfigError(
             f"a DLRM must have dense and categorical features, got {meta.dense} and {sorted(meta.categorical)}; "
             "prepare the data set with some of each"
         )
-    dlrm = _dlrm(config, meta, bags)
+    dlrm = _dlrm(config, encoder.width, len(meta.dense), bags)
     if use == "encoder":
-        autocast_dtype = AUTOCAST[config.training.precision]
-        with_histories(dlrm, items, config.encoder.build(), meta, autocast_dtype, target=target)
-    rows = config.data.rows_per_batch // world.size
-    workload = Workload(rows_per_rank=rows, ids_per_row={name: float(n) for name, n in meta.longest.items()})
-    return shard(RankingModel(dlrm), config.sharding, config.dense, world, seed=config.training.seed, workload=workload)
+        with_histories(dlrm, items, encoder.build(), meta, autocast_dtype, target=target)
+    return RankingModel(dlrm)
 
 
-def _dlrm(config: RankingRunConfig, meta: RankingMeta, bags: nn.Module) -> DLRM:
-    model, width = config.model, config.encoder.width
+def ranking_workload(meta: RankingMeta, rows_per_rank: int) -> Workload:
+    """What a rank looks up in a step at most, which is what the planner is told."""
+    return Workload(rows_per_rank=rows_per_rank, ids_per_row={name: float(n) for name, n in meta.longest.items()})
+
+
+def _dlrm(model: RankingModelConfig, width: int, dense_features: int, bags: nn.Module) -> DLRM:
     shared: dict[str, Any] = {
         "embedding_bag_collection": bags,
-        "dense_in_features": len(meta.dense),
+        "dense_in_features": dense_features,
         "dense_arch_layer_sizes": [*model.dense_layers, width],
         "over_arch_layer_sizes": [*model.over_layers, 1],
     }

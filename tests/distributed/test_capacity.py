@@ -9,23 +9,16 @@ import torch
 
 from ssd_torchrec.__main__ import main
 from ssd_torchrec.data.objective import ObjectiveConfig
-from ssd_torchrec.distributed import capacity as module
-from ssd_torchrec.distributed.capacity import (
-    GIB,
-    MOST_RANKS,
-    SAVED_FLOATS,
-    USABLE_MEMORY,
-    Capacity,
-    CapacityRequest,
-    figures,
-    plan_capacity,
-)
-from ssd_torchrec.distributed.plan import ShardingConfig, plan_offline
+from ssd_torchrec.distributed import capacity, fit
+from ssd_torchrec.distributed.capacity import SAVED_FLOATS, Capacity, CapacityRequest, plan_capacity
+from ssd_torchrec.distributed.fit import GIB, MOST_RANKS, USABLE_MEMORY, figures
+from ssd_torchrec.distributed.plan import ShardingConfig
 from ssd_torchrec.encoders.registry import SYSTEMS, name_of
 from ssd_torchrec.encoders.sasrec import SASRecConfig
 from ssd_torchrec.encoders.tim4rec import PRESETS
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
+from tests.distributed.planned import assert_as_torchrec_says
 
 BILLION = CapacityRequest(items=10**9, ranks=64, memory_gib=80)
 SMALL = CapacityRequest(items=2_000_000, ranks=4, memory_gib=16)
@@ -82,8 +75,9 @@ OF_MACHINES = {  # of the table city
 @pytest.mark.parametrize("kind", OF_MACHINES)
 def test_bags_over_machines_take_what_torchrec_says(kind, monkeypatch):
     request = replace(SMALL, ranks=8, ranks_per_machine=4, context={"segment": 30, "city": 50_000})
-    assert_as_torchrec_says(under(request, **OF_MACHINES[kind]), monkeypatch)
-    answer = plan_capacity(under(request, **OF_MACHINES[kind]))
+    request = under(request, **OF_MACHINES[kind])
+    assert_as_torchrec_says(lambda: plan_capacity(request), monkeypatch)
+    answer = plan_capacity(request)
     city = next(table for table in answer.tables if table.name == "city")
     assert {(s.rank, s.first_row, s.first_column) for s in city.shards} == {
         "table-rows": {(part, part * 12_500, 0) for part in range(4)},
@@ -128,19 +122,6 @@ def test_machines_are_asked_for_whole():
     assert plan_capacity(under(replace(request, memory_gib=10), by_table=grid)).fewest_ranks == 8
 
 
-def assert_as_torchrec_says(request: CapacityRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    plans = []
-    monkeypatch.setattr(module, "plan_offline", lambda *a, **k: plans.append(plan_offline(*a, **k)) or plans[-1])
-    answer = plan_capacity(request)
-    shards = [shard for option in plans[-1] for shard in option.shards]
-    for rank in answer.per_rank:
-        mine = [shard for shard in shards if shard.rank == rank.rank]
-        assert rank.tables_bytes == pytest.approx(sum(shard.storage.hbm for shard in mine), rel=1e-3, abs=8)
-        assert rank.host_bytes == pytest.approx(sum(shard.storage.ddr for shard in mine), rel=1e-3, abs=8)
-        assert (rank.step_ms or 0.0) == pytest.approx(sum(shard.perf.total for shard in mine))
-    assert answer.step_ms == max(rank.step_ms for rank in answer.per_rank if rank.step_ms is not None) > 0
-
-
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "further",
@@ -148,15 +129,15 @@ def assert_as_torchrec_says(request: CapacityRequest, monkeypatch: pytest.Monkey
     ids=["items-alone", "with-context", "with-event-columns"],
 )
 def test_bytes_and_ms_of_tables_are_those_of_torchrec(kind, further, monkeypatch):
-    request = replace(SMALL, objective=SAMPLED, **further)
-    assert_as_torchrec_says(under(request, **KINDS[kind]), monkeypatch)
+    request = under(replace(SMALL, objective=SAMPLED, **further), **KINDS[kind])
+    assert_as_torchrec_says(lambda: plan_capacity(request), monkeypatch)
 
 
 def test_the_search_counts_what_the_plan_counts():
     """Ranks are searched by arithmetic; on the ranks asked for, the planner has placed the tables."""
     for sharding in ("row_wise", "column_wise", "table_wise"):
         answer = plan_capacity(under(SMALL, sharding=sharding))
-        need = module._Need(under(SMALL, sharding=sharding), *_parts_of(SMALL))
+        need = capacity._NextItemNeed(under(SMALL, sharding=sharding), *_parts_of(SMALL))
         config = need.resolved(SMALL.ranks)
         counted = need.per_rank(config, SMALL.ranks, need.placed(config, SMALL.ranks))
         assert [replace(rank, step_ms=None) for rank in answer.per_rank] == counted
@@ -168,7 +149,7 @@ def _parts_of(request: CapacityRequest):
 
     tables = TablesConfig(num_item_rows=17 + request.items, first_item=17)
     model = NextItemModel(tables, request.encoder.build(), table_device="meta")
-    return tables_of(model), module._dense_bytes(model, request.dense)
+    return tables_of(model), fit.dense_bytes(model, request.dense)
 
 
 def test_a_billion_items_fit_64_gpus_under_adam_and_under_rowwise_adagrad():
