@@ -3,8 +3,8 @@
 `fit` judges; a next-item model needs, beside tables and dense part:
 
     activations   events x width x layers x SAVED_FLOATS x 4: histories are jagged, so events are all there is
-    loss          scored in place: queries of all ranks, one block of scores, one chunk of the table; else the
-                  candidates and queries, and their gradients
+    loss          scored in place: queries of all ranks, one chunk of the table, one block of scores or, where the
+                  kernels take the width, none; else the candidates and queries, and their gradients
 """
 
 from collections.abc import Sequence
@@ -25,6 +25,7 @@ from ssd_torchrec.encoders.encoder import EncoderConfig
 from ssd_torchrec.encoders.registry import name_of
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.models.next_item import ITEM_TABLE, NextItemModel, TablesConfig
+from ssd_torchrec.ops.item_softmax_triton import LARGEST_BLOCK, PROGRAMS, WIDEST
 
 SAVED_FLOATS = {
     "tim4rec": 52.0,
@@ -154,7 +155,8 @@ class _NextItemNeed(Need):
         rows = max(shard.num_rows for shard in items.shards)
         everyone, chunk = ranks * events, min(ROWS_PER_CHUNK["cuda"], rows)
         queries = width * (2 * everyone + 3 * events)  # with their gradients, and what looked-up rows wait with
-        scores = min(QUERIES_PER_BLOCK["cuda"], everyone) * chunk
+        tiled = width <= WIDEST  # scores live in registers, what splits of the rows give the queries does not
+        scores = PROGRAMS * LARGEST_BLOCK * width if tiled else min(QUERIES_PER_BLOCK["cuda"], everyone) * chunk
         sums = 2 * 5 * everyone  # in fp64
         return 4 * (queries + scores + sums + 3 * chunk * width)  # a chunk's gradient, and what its step makes of it
 

@@ -30,6 +30,9 @@ order on every GPU."""
 WIDEST = 256
 """Largest width D: a tile holds whole rows."""
 
+LARGEST_BLOCK = 128
+"""Queries or candidates of a tile, at most."""
+
 COMBINED = 256
 """Queries whose splits one program puts together."""
 

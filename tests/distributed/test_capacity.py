@@ -13,11 +13,13 @@ from ssd_torchrec.distributed import capacity, fit
 from ssd_torchrec.distributed.capacity import SAVED_FLOATS, Capacity, CapacityRequest, plan_capacity
 from ssd_torchrec.distributed.fit import GIB, MOST_RANKS, USABLE_MEMORY, figures
 from ssd_torchrec.distributed.plan import ShardingConfig
+from ssd_torchrec.distributed.vocab_parallel import QUERIES_PER_BLOCK, ROWS_PER_CHUNK
 from ssd_torchrec.encoders.registry import SYSTEMS, name_of
 from ssd_torchrec.encoders.sasrec import SASRecConfig
 from ssd_torchrec.encoders.tim4rec import PRESETS
 from ssd_torchrec.errors import ConfigError
 from ssd_torchrec.jagged import JaggedLayout
+from ssd_torchrec.ops.item_softmax_triton import WIDEST
 from tests.distributed.planned import assert_as_torchrec_says
 
 BILLION = CapacityRequest(items=10**9, ranks=64, memory_gib=80)
@@ -223,6 +225,15 @@ def test_a_small_catalogue_is_listed_and_a_large_one_scored_in_place():
     assert (large.scored_in_place, large.candidates_per_rank) == (True, 0)
     assert (small.scored_in_place, small.candidates_per_rank) == (False, 50_000)
     assert small.heaviest.loss_bytes > 2 * 4 * 64 * 50_000
+
+
+@pytest.mark.parametrize(("width", "held"), [(WIDEST, 0), (2 * WIDEST, QUERIES_PER_BLOCK["cuda"])])
+def test_scores_in_place_are_held_only_where_rows_are_wider_than_a_tile(width, held):
+    rows = ROWS_PER_CHUNK["cuda"]
+    answer = plan_capacity(replace(SMALL, encoder=replace(SMALL.encoder, width=width), memory_gib=800))
+    of_a_row = answer.heaviest.loss_bytes // (4 * rows) - 3 * width
+    assert answer.scored_in_place
+    assert held <= of_a_row < held + 2 * width
 
 
 def test_sampled_candidates_are_draws_and_own_targets():
