@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ssd_torchrec.errors import DoubleBackwardError, ShapeError
 from ssd_torchrec.jagged import JaggedLayout
-from ssd_torchrec.ops import ssd_sizes
+from ssd_torchrec.ops import ssd_carry, ssd_sizes
 from ssd_torchrec.ops.ssd_scan import ssd_scan_definition
 from ssd_torchrec.ops.ssd_triton import ssd_scan_triton
 from tests.golden import assert_golden, golden_cases, golden_tensors, gradients
@@ -80,17 +80,18 @@ def test_longer_chunks_are_as_accurate_as_eager(reverse, device):
 
 
 @pytest.mark.parametrize(
-    ("reverse", "states", "lengths"),
-    [(False, True, [33, 0]), (True, False, [3, 34])],
-    ids=["forward-resumed", "reverse-fresh"],
+    ("programs", "reverse", "states", "lengths"),
+    [(10**9, False, True, [33, 0]), (1, True, False, [3, 34])],
+    indirect=["programs"],
+    ids=["side-by-side-forward-resumed", "row-by-row-reverse-fresh"],
 )
-def test_pieces_of_long_rows_are_as_accurate_as_eager(reverse, states, lengths, device):
+def test_pieces_of_long_rows_are_as_accurate_as_eager(programs, reverse, states, lengths, device):
     tensors = on(device, scan_inputs(lengths, heads=HEADS, states=states))
     assert_accurate(tensors, JaggedLayout.from_lengths(lengths, device), reverse, chunk=16, piece=16)
 
 
 def test_more_pieces_than_are_scanned_at_once_are_as_accurate_as_eager(device):
-    lengths = [16 * 18 + 5]
+    lengths = [16 * (ssd_carry.PIECES_AT_ONCE + 2) + 5]
     tensors = on(device, scan_inputs(lengths, heads=1, gate=False))
     truth = results(
         ssd_scan_definition, {n: t.double() for n, t in tensors.items()}, JaggedLayout.from_lengths(lengths, device)
