@@ -10,7 +10,8 @@ TORCHREC_1_6 := $(CURDIR)/.venv/torchrec-1.6.1
 # These touch torchrec, and run once more against the older release that is supported.
 TORCHREC_TESTS := tests/data/test_batch.py tests/data/test_batches.py tests/models $(addprefix tests/distributed/test_, \
   capacity.py checkpoint.py dlrm_pipelines.py optimizers.py pipeline.py plan.py shard.py tables.py) \
-  tests/training/test_run.py
+  $(addprefix tests/training/test_run.py::test_, a_run_leaves_all_that_the_readme_promises \
+  evaluating_a_run_gives_the_figures_it_ended_with another_optimizer_on_resume_is_refused_unless_reset)
 
 # Written when an install is complete, so an interrupted one is begun anew. It names the stack and the folder, which a virtual
 # environment does not survive the change of.

@@ -1,5 +1,6 @@
 """A plugged DLRM under torchrec's own DLRMTrain, Batch and pipelines, on one process and on two."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -72,9 +73,26 @@ def two_ranks() -> list[dict[tuple[str, str], dict[str, Any]]]:
     return spawn(train_all, 2)
 
 
+@pytest.fixture(scope="module")
+def kept() -> dict[Any, dict[str, Any]]:
+    return {}
+
+
+@pytest.fixture
+def on_one(group_of_one, kept) -> Callable[..., dict[str, Any]]:
+    """`train` on one process: once a module for each model and pipeline."""
+
+    def trained(*of: Any) -> dict[str, Any]:
+        if of not in kept:
+            kept[of] = train(group_of_one, *of)
+        return kept[of]
+
+    return trained
+
+
 @pytest.mark.parametrize("kind", KINDS)
-def test_both_pipelines_learn_the_same_on_one_process(kind, group_of_one):
-    base, overlapped = (train(group_of_one, kind, name) for name in PIPELINES)
+def test_both_pipelines_learn_the_same_on_one_process(kind, on_one):
+    base, overlapped = (on_one(kind, name) for name in PIPELINES)
     assert overlapped["losses"] == pytest.approx(base["losses"], abs=1e-6)
     assert len(base["losses"]) == STEPS
     assert sum(base["losses"][-3:]) < 0.9 * sum(base["losses"][:3])
@@ -92,8 +110,8 @@ def test_with_a_target_too_both_pipelines_and_two_processes_learn_the_same(name,
 
 @pytest.mark.parametrize("pipeline", PIPELINES)
 @pytest.mark.parametrize("kind", KINDS)
-def test_two_processes_learn_what_one_does(kind, pipeline, two_ranks, group_of_one):
-    check_alike(train(group_of_one, kind, pipeline), [rank[kind, pipeline] for rank in two_ranks])
+def test_two_processes_learn_what_one_does(kind, pipeline, two_ranks, on_one):
+    check_alike(on_one(kind, pipeline), [rank[kind, pipeline] for rank in two_ranks])
 
 
 def check_alike(one: dict[str, Any], shares: list[dict[str, Any]]) -> None:

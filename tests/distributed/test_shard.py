@@ -80,7 +80,7 @@ def run_splits(world: World, names: list[str]) -> dict[str, dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def two_ranks() -> list[dict[str, dict[str, Any]]]:
-    return spawn(run_all, 2)
+    return spawn(run_all, 2, anew=True)
 
 
 @pytest.fixture(scope="module")

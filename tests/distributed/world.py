@@ -11,16 +11,24 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from typing import Any
 
+PRELOADED = ["tests.distributed.example", "ssd_torchrec.distributed.checkpoint"]  # with them, torch and torchrec
 TIMEOUT_S = 200.0  # of a whole spawn: importing torchrec alone takes seconds on a busy machine
 
 
-def spawn(function: Callable[..., Any], size: int, *args: Any, timeout_s: float = TIMEOUT_S) -> list[Any]:
+def spawn(
+    function: Callable[..., Any], size: int, *args: Any, anew: bool = False, timeout_s: float = TIMEOUT_S
+) -> list[Any]:
     """Call `function(world, *args)` in `size` processes; returns what each rank returned, in order of rank.
+
+    Args:
+        anew: an interpreter for each rank, as torchrun starts them, whose sets of words have an order of their own;
+            else ranks are forked from a process that has imported torchrec and done nothing more: seconds less each.
 
     Raises:
         AssertionError: a rank raised (with its traceback), died, or took longer than `timeout_s`; the others are ended.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("spawn" if anew else "forkserver")
+    context.set_forkserver_preload(PRELOADED)
     port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(size)]
     processes = [

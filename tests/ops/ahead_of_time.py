@@ -167,12 +167,12 @@ def _variant(source: Any, metadata: dict[str, Any]) -> str:
     return " ".join([*named, f"warps={metadata['num_warps']}", f"stages={metadata['num_stages']}"])
 
 
-def compile_in_subprocess(arch: int, operator: str) -> tuple[list[Kernel], list[Failure]]:
-    """`compile_launches` of one operator, whatever this process does with kernels."""
+def compile_in_subprocess(arch: int, operators: Iterable[str]) -> tuple[list[Kernel], list[Failure]]:
+    """`compile_launches` of these operators, whatever this process does with kernels."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     with tempfile.TemporaryDirectory() as folder:
         found = Path(folder) / "found.json"
-        command = [sys.executable, "-m", "tests.ops.ahead_of_time", str(arch), operator, "--json", found]
+        command = [sys.executable, "-m", "tests.ops.ahead_of_time", str(arch), *operators, "--json", found]
         subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], check=True)
         kernels, failures = json.loads(found.read_text())
     return [Kernel(**kernel) for kernel in kernels], [Failure(**failure) for failure in failures]

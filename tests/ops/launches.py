@@ -180,7 +180,7 @@ LAUNCHES: dict[str, list[Launch]] = {
         gated_norm(BF16, 512, groups=2),
     ],
     "item_softmax": [
-        *(item_softmax(dtype, width) for dtype in (BF16, FP32) for width in (64, 128)),
+        *(item_softmax(dtype, 128) for dtype in (BF16, FP32)),
         *(item_softmax(dtype, 64, "log_q", "items") for dtype in (BF16, FP32)),
     ],
     "selective_scan": [
@@ -209,7 +209,7 @@ RARE: dict[str, list[Launch]] = {
     "gated_norm_rare": [gated_norm(FP16, 128), gated_norm(FP32, 512, groups=2), gated_norm(BF16, 4096)],
     "item_softmax_rare": [
         *(item_softmax(dtype, 128, words) for dtype in (BF16, FP32) for words in ("log_q", "items")),
-        *(item_softmax(dtype, 256) for dtype in (BF16, FP32)),
+        *(item_softmax(dtype, width) for dtype in (BF16, FP32) for width in (64, 256)),
         item_softmax(FP16, 64),
     ],
     "selective_scan_rare": [

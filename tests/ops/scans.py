@@ -67,7 +67,7 @@ def bidirectional_inputs(lengths: list[int], seed: int = 0, **options: Any) -> d
     return forward | {name: torch.stack([forward[name], backward[name]], dim) for name, dim in stacked.items()}
 
 
-def bidirectional_results(
+def results_without_states(
     scan: Callable[..., Any], tensors: dict[str, Tensor], layout: JaggedLayout, **options: Any
 ) -> dict[str, Tensor]:
     """Output and the gradient of every input."""

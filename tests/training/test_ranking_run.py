@@ -56,8 +56,13 @@ def run_on(data: Path, output: Path) -> RankingRunConfig:
     )
 
 
-@pytest.mark.parametrize("interaction", ["dot", "dcn", "projection"])
-@pytest.mark.parametrize("history", ["encoder", "mean", "none"])
+MODELS = [("dot", "encoder"), ("dcn", "encoder"), ("projection", "encoder"), ("dcn", "mean"), ("projection", "none")]
+ALIKE = [("dot", "mean"), ("projection", "mean"), ("dot", "none"), ("dcn", "none")]
+
+
+@pytest.mark.parametrize(
+    ("interaction", "history"), [*MODELS, *(pytest.param(*model, marks=pytest.mark.slow) for model in ALIKE)]
+)
 def test_every_model_leaves_figures_and_a_report(interaction, history, config):
     config = replace(config, model=RankingModelConfig(interaction=interaction, history=history))
     result = train_ranking(config, World())

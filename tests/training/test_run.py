@@ -24,6 +24,7 @@ from ssd_torchrec.training.run import config_of, evaluate_checkpoint, train
 from ssd_torchrec.training.run_folder import as_json, from_json
 
 METRICS = {f"{metric}@{k}" for metric in ("hr", "ndcg", "mrr") for k in (10, 20, 50)}
+pytestmark = pytest.mark.xdist_group("test_run")  # the run that others look at is made by one worker
 
 
 @pytest.fixture(scope="module")
