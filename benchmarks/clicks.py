@@ -6,12 +6,14 @@ The newest interactions of a log of user_id, item_id and timestamp are impressio
 an item that its user has nowhere in the log, drawn from all items alike and shown at the same time. `prepare-ranking`
 joins them with the histories as of then and splits them by time: 80 % train, 10 % choose the epoch, the newest 10 % are
 tested. All models have the same tables of users and shown items, and the hour of the day; they differ in what becomes
-of the history.
+of the history. *target*: the item shown is looked up in the history's table too.
 """
 
 import argparse
+import multiprocessing
 import statistics
 import tempfile
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,6 +44,8 @@ MODELS: dict[str, dict[str, Any]] = {
     "mean of the history": {"model": RankingModelConfig(history="mean")},
     "TiM4Rec": {"encoder": TIM4REC},
     "SSD4Rec": {"encoder": SSD4REC},
+    "TiM4Rec, target": {"encoder": TIM4REC, "model": RankingModelConfig(target=True)},
+    "SSD4Rec, target": {"encoder": SSD4REC, "model": RankingModelConfig(target=True)},
 }
 FIGURES = ("auc", "ne", "calibration")
 
@@ -87,8 +91,9 @@ def prepared(log: Path, folder: Path, asked: argparse.Namespace) -> Path:
 
 def run(data: Path, folder: Path, name: str, seed: int, epochs: int) -> dict[str, float]:
     """Figures of the test part."""
+    torch.set_num_threads(1)
     config = RankingRunConfig(
-        name=f"{name}-{seed}".replace(" ", "-"),
+        name=f"{name}-{seed}".replace(" ", "-").replace(",", ""),
         output=str(folder),
         encoder=TIM4REC,
         data=RankingDataConfig(path=str(data), rows_per_batch=512),
@@ -111,27 +116,33 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("log", type=Path)
     parser.add_argument("--name", required=True, help="of the data set, in the table and its file")
-    parser.add_argument("--interactions", type=int, default=60_000, help="the newest, which are impressions")
+    parser.add_argument("--interactions", type=int, default=300_000, help="the newest, which are impressions")
     parser.add_argument("--max-history", type=int, default=50, help="events of a history at most, the newest")
-    parser.add_argument("--epochs", type=int, default=2)
+    parser.add_argument("--epochs", type=int, default=1)
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--only", default="", help="models whose name holds this, printed alone")
+    parser.add_argument("--processes", type=int, default=1, help="models trained at a time, a thread each")
     parser.add_argument("--output", type=Path, default=RESULTS, help="folder of the table")
     asked = parser.parse_args()
-    torch.set_num_threads(1)
     lines = [
         f"# {asked.name} as clicks\n",
-        f"Printed by `python -m benchmarks.clicks LOG --name {asked.name}`: {processor()}, one thread. "
+        f"Printed by `python -m benchmarks.clicks LOG --name {asked.name}`: {processor()}, one thread a model. "
         f"{asked.interactions:,} newest interactions and as many drawn non-interactions, histories of up to "
-        f"{asked.max_history} events, {WIDTH} wide, {asked.epochs} epochs, {asked.seeds} seeds; mean, least to most.\n",
+        f"{asked.max_history} events, {WIDTH} wide, epochs: {asked.epochs}, seeds: {asked.seeds}; mean, least to most. "
+        "*target*: the item shown is looked up in the history's table too.\n",
         "| | AUC | normalised entropy | calibration |",
         "|---|---|---|---|",
     ]
-    with tempfile.TemporaryDirectory() as scratch:
+    names = [name for name in MODELS if asked.only in name]
+    spawn = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as scratch, ProcessPoolExecutor(asked.processes, spawn) as pool:
         data = prepared(asked.log, Path(scratch), asked)
-        for name in [name for name in MODELS if asked.only in name]:
-            runs = [run(data, Path(scratch), name, seed, asked.epochs) for seed in range(asked.seeds)]
-            lines.append(line(name, runs))
+        of_all = {
+            name: [pool.submit(run, data, Path(scratch), name, seed, asked.epochs) for seed in range(asked.seeds)]
+            for name in names
+        }
+        for name, runs in of_all.items():
+            lines.append(line(name, [of.result() for of in runs]))
             print(lines[-1], flush=True)
             if not asked.only:
                 asked.output.joinpath(f"clicks-{asked.name}.md").write_text("\n".join([*lines, ""]))

@@ -103,7 +103,7 @@ def test_the_table_of_logits_is_never_held(device, monkeypatch):
         loss, log_sum_exp = module._launch_forward(*operands)
         module._launch_dqueries(loss, *operands, log_sum_exp)
         module._launch_dcandidates(loss, *operands, log_sum_exp)
-    assert 400 * 6 <= largest.numbers <= 4 * 400 * 6 < 300 * 400
+    assert 400 * 6 <= largest.numbers <= 2 * 4 * 400 * 6 < 300 * 400  # two splits, whose bytes the interpreter copies
 
 
 def test_rows_wider_than_a_tile_are_refused(device):
