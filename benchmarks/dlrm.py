@@ -103,7 +103,7 @@ def trained_by(kind: type, trainable: Trainable, batches: list[Batch], world: Wo
 
 def whole(world: World, rounds: int) -> Iterator[str]:
     rows = ROWS[world.device.type]
-    yield f"Rows trained a second: 8 categorical and {DENSE} dense features, {WIDTH} wide, batches of {rows:,} rows.\n"
+    yield f"\nRows trained a second: {rows:,} a batch, 8 categorical and {DENSE} dense features, {WIDTH} wide.\n"
     yield f"| | {' | '.join(PIPELINES)} |\n|---|{'---|' * len(PIPELINES)}"
     for mean_length in (None, *MEAN_LENGTHS):
         length = mean_length or 50
@@ -126,7 +126,7 @@ def alone(
     def step() -> None:
         with torch.autocast(events.device.type, dtype, enabled=dtype != torch.float32):
             out = encoder(events, timestamps, layout)
-        out[layout.last_event].float().sum().backward()
+        out.index_select(0, layout.last_event).float().sum().backward()
         for parameter in parameters:
             parameter.grad = None
 
@@ -142,7 +142,7 @@ def encoders(device: torch.device, rounds: int) -> Iterator[str]:
     padded = Transformer(width=WIDTH, layers=1, heads=2, longest=longest, dropout=0.0, parts=PYTORCHS)
     contenders: dict[str, Encoder] = {"TiM4Rec": TiM4Rec(ENCODER), "transformer, padded, fused attention": padded}
     dtypes = {"fp32": torch.float32} | ({"bf16": torch.bfloat16} if device.type == "cuda" else {})
-    yield f"\nEncoder alone, forward and backward: {rows:,} rows of mean length 200, cut at {longest}, one layer.\n"
+    yield f"Encoder alone, forward and backward: {rows:,} rows of mean length 200, cut at {longest}, one layer.\n"
     yield "| | | ms | |\n|---|---|---|---|"
     for kind, dtype in dtypes.items():
         given = events, features[times_of("clicked")].values(), layout, dtype

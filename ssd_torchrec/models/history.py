@@ -108,7 +108,7 @@ class HistoryTower(nn.Module):
         if history.pooling == "mean":
             sums = torch.segment_reduce(encoded, "sum", offsets=layout.offsets, axis=0, unsafe=True)
             return sums / layout.offsets.diff().clamp(min=1)[:, None]
-        return torch.cat([encoded, encoded.new_zeros(1, encoded.shape[1])])[layout.last_event]  # -1: the zeros
+        return _last(encoded, layout)
 
 
 class HistoryCollection(nn.Module):
@@ -223,6 +223,14 @@ class _Keyed(nn.Module):
 
     def forward(self, values: Tensor) -> KeyedTensor:
         return KeyedTensor(self.keys, [self.width] * len(self.keys), values)
+
+
+def _last(events: Tensor, layout: JaggedLayout) -> Tensor:
+    """(B, D), zeros where a row has none. `index_select` goes back by one kernel, where an index would sort."""
+    last = layout.last_event
+    if not len(events):
+        return events.sum() + events.new_zeros(len(last), events.shape[1])  # the sum, so that weights have gradients
+    return events.index_select(0, last.clamp_min(0)).masked_fill(last[:, None] < 0, 0)
 
 
 def _timestamps(history: History, events: JaggedTensor, features: KeyedJaggedTensor) -> Tensor:
